@@ -1,0 +1,173 @@
+"""The stages of a benchmark over its output directory: train → certify → attack → report, each resumable on its own.
+
+OUT/config.json         the experiment, resolved
+OUT/models/NAME/        weights, card and training log of one model
+OUT/evaluations/SET/    per-image rows of every model on one split of one dataset
+OUT/summary.json …      what `robustflow.report` makes of them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from robustflow import checkpoints, data, environment, networks
+from robustflow.config import Experiment, ModelConfig
+from robustflow.data import ImageSet
+from robustflow.errors import UserError
+from robustflow.networks import Classifier
+from robustflow.training import STATE, WEIGHTS, Training
+
+CONFIG, CARD = "config.json", "card.json"
+
+
+def open_directory(out: Path, experiment: Experiment, name: str) -> None:
+    """Make the output directory and note the experiment in it.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output directory {out} cannot be made: {error.strerror}; choose another with --out") from None
+    resolved = {"name": name, "command": f"robustflow bench {name}"} | experiment.model_dump(mode="json")
+    checkpoints.write_json(out / CONFIG, resolved)
+
+
+def read_directory(out: Path) -> tuple[Experiment, str]:
+    """The experiment of an output directory and the name of its config."""
+    if not out.is_dir():
+        raise UserError(f"{out} is not a directory: run `robustflow bench CONFIG --out {out}` first")
+    raw = checkpoints.read_json(out / CONFIG)
+    try:
+        name = raw.pop("name")
+        raw.pop("command")
+        return Experiment.model_validate_json(json.dumps(raw)), name
+    except (KeyError, AttributeError, TypeError, ValidationError) as error:
+        raise UserError(f"{out / CONFIG} is not the config of a benchmark: {type(error).__name__}") from error
+
+
+def build_model(config: ModelConfig, images: ImageSet) -> Classifier:
+    """The network of a config for an image set, with its input normalisation, not yet trained."""
+    options = config.network.model_dump(exclude={"normalize"})
+    mean, std = images.mean, images.std
+    if config.network.normalize != "standardize":
+        std = (1.0,) * len(std)
+    if config.network.normalize == "none":
+        mean = (0.0,) * len(mean)
+    return networks.create_model(
+        config.regime,
+        input_shape=images.input_shape,
+        classes=len(images.class_names),
+        mean=mean,
+        std=std,
+        **options,
+    )
+
+
+def load_model(config: ModelConfig, images: ImageSet, folder: Path) -> Classifier:
+    """The trained network of a benchmark, its weights checked against its card.
+
+    Raises:
+        UserError: not trained yet, a broken checkpoint, another architecture, or weights that are not the card's.
+    """
+    card = read_card(folder)
+    model = build_model(config, images)
+    checkpoints.load_weights(model, folder / WEIGHTS)
+    if checkpoints.sha256(folder / WEIGHTS) != card.get("sha256"):
+        raise UserError(f"{folder / WEIGHTS} is not the file that {folder / CARD} describes (its SHA-256 differs)")
+    return model.eval()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} holds no trained model (no {CARD}): run `robustflow train` first")
+    return checkpoints.read_json(folder / CARD)
+
+
+def fingerprint(images: ImageSet) -> str:
+    """SHA-256 over all pixels and labels that a training can see."""
+    digest = hashlib.sha256()
+    for split in ("train", "validation"):
+        for tensor in (images.splits[split].pixels, images.splits[split].labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(
+    experiment: Experiment,
+    out: Path,
+    images: ImageSet,
+    *,
+    seed: int,
+    device: torch.device,
+    only: str | None = None,
+) -> None:
+    """Train every model that is not finished; a model that was trained otherwise is an error, not overwritten."""
+    if only is not None:
+        experiment.model(only)
+    pixels = fingerprint(images)
+    for config in experiment.models:
+        if only in (None, config.name):
+            train_model(config, out / "models" / config.name, images, seed=seed, device=device, pixels=pixels)
+
+
+def train_model(
+    config: ModelConfig, folder: Path, images: ImageSet, *, seed: int, device: torch.device, pixels: str
+) -> None:
+    resolved = config.model_dump(mode="json")
+    # Without defaults, so that an option added later does not disown the models of before.
+    decisive = config.model_dump(mode="json", exclude_defaults=True, exclude={"train": {"checkpoint_seconds"}})
+    identity = hashlib.sha256(json.dumps([decisive, seed, pixels], sort_keys=True).encode()).hexdigest()
+    if (folder / CARD).is_file():
+        if read_card(folder).get("identity") != identity:
+            raise UserError(
+                f"{folder} holds a model that was trained with another config, seed or data: choose another --out, or "
+                "delete that directory"
+            )
+        return
+    torch.manual_seed(seed)
+    model = build_model(config, images)
+    training = Training(model, images, config.train, folder, seed=seed, device=device, identity=identity)
+    seconds = training.run()
+    card = {
+        "schema_version": 1,
+        "name": config.name,
+        "regime": config.regime,
+        "description": networks.list_models()[config.regime],
+        "parameters": networks.parameter_count(model),
+        "multiply_adds": networks.multiply_adds(model),
+        "config": resolved,
+        "seed": seed,
+        "seconds": {"train": round(seconds, 3)},
+        "environment": environment.describe(device),
+        "data": {
+            "dataset": images.name,
+            "source": images.source,
+            "train_n": len(images.splits["train"]),
+            "validation_n": len(images.splits["validation"]),
+            "sha256": pixels,
+        },
+        "identity": identity,
+        "sha256": checkpoints.sha256(folder / WEIGHTS),
+    }
+    checkpoints.write_json(folder / CARD, card)
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def load_data(experiment: Experiment, directory: Path | None) -> ImageSet:
+    return data.load(experiment.dataset, directory)
+
+
+def check_space(out: Path, needed_bytes: int = 50_000_000) -> None:
+    """Long work should not start where its result cannot be stored."""
+    free = shutil.disk_usage(out).free
+    if free < needed_bytes:
+        raise UserError(f"only {free // 1_000_000} MB are free at {out}: a benchmark needs about 50 MB")

@@ -1,0 +1,256 @@
+"""One typed object for a whole experiment, read from a TOML file.
+
+`Experiment` is everything that a run depends on besides the data directory, the device and the seed. A key that is not
+known or a value of the wrong type is one line that names file, key and what was expected.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from robustflow import data, networks
+from robustflow.errors import UserError
+
+MAXIMUM_CONFIG_BYTES = 1_000_000
+
+
+def _radius(value: Any) -> Any:
+    """An ε may be written as a fraction of grey levels, "36/255"."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"a number or a fraction such as '36/255', not {value!r}") from None
+    return value
+
+
+Radius = Annotated[float, BeforeValidator(_radius), Field(ge=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NetworkConfig(Strict):
+    """The options of `robustflow.create_model`; ``normalize`` chooses its mean and std from the training images."""
+
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(32, 64, 128), min_length=1)
+    layers: int = Field(4, ge=0)
+    kernel: Literal["convolution", "patch"] = "convolution"
+    kernel_size: int = Field(3, ge=1)
+    patch: int = Field(2, ge=1)
+    lift: Literal["convolution", "patch"] = "convolution"
+    dense: int = Field(0, ge=0)
+    dense_layers: int = Field(0, ge=0)
+    mirror: bool = False
+    normalize: Literal["none", "center", "standardize"] = "center"
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class HingeLoss(Strict):
+    kind: Literal["hinge"]
+    margin: float = Field(gt=0)
+
+
+class CrossEntropyLoss(Strict):
+    kind: Literal["cross-entropy"]
+    temperature: float = Field(1.0, gt=0)
+
+
+class OffsetLoss(Strict):
+    kind: Literal["offset"]
+    offset: float = Field(0.3, ge=0)
+    temperature: float = Field(0.25, gt=0)
+
+
+class CertifiedLoss(Strict):
+    kind: Literal["certified"]
+    epsilon: Radius = 36 / 255
+    temperature: float = Field(0.25, gt=0)
+
+
+LossConfig = Annotated[
+    HingeLoss | CrossEntropyLoss | OffsetLoss | CertifiedLoss, Field(discriminator="kind", description="loss")
+]
+
+
+class TrainConfig(Strict):
+    """How a model is trained. ``muon_learning_rate`` is the step for orthonormal matrices under optimizer "muon"."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+    loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset"))
+    optimizer: Literal["sgd", "nadam", "muon"] = "muon"
+    learning_rate: float = Field(3e-3, gt=0)
+    muon_learning_rate: float = Field(0.02, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of the training in which one-cycle rises")
+    step_every: int = Field(30, ge=1, description="epochs between the drops of 'steps', by a factor of ten")
+    crop: int = Field(2, ge=0)
+    flip: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = True
+    checkpoint_seconds: float = Field(120.0, gt=0)
+    validate_images: int = Field(1000, ge=0, description="validation images after an epoch; all at the end")
+
+
+class EvaluateConfig(Strict):
+    """On which images a model is certified and attacked, and how."""
+
+    splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    images: int | None = Field(None, ge=1)
+    epsilons: tuple[Radius, ...] = Field(min_length=1)
+    attacks: tuple[str, ...] = Field(default=("standard",), min_length=1)
+    batch_size: int = Field(250, ge=1)
+    audit: bool = False
+    examples: int = Field(8, ge=0)
+
+    @field_validator("splits", "epsilons", "attacks", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("epsilons")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in zip(value, value[1:], strict=False)):
+            raise ValueError("the radii must increase, without duplicates")
+        return value
+
+
+class ModelConfig(Strict):
+    """One model of a benchmark: a regime, with the experiment's network and training where it says nothing else."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    regime: str
+    network: NetworkConfig
+    train: TrainConfig
+
+    @field_validator("regime")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in networks.list_models():
+            raise ValueError(f"one of {', '.join(networks.list_models())}")
+        return value
+
+
+class Experiment(Strict):
+    """A benchmark: data, models, evaluation."""
+
+    title: str
+    dataset: str
+    seed: int = Field(0, ge=0)
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    evaluate: EvaluateConfig
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in data.DATASETS:
+            raise ValueError(f"one of {', '.join(data.DATASETS)}")
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, value: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        names = [model.name for model in value]
+        if len(set(names)) < len(names):
+            raise ValueError("every model needs a name of its own")
+        return value
+
+    def model(self, name: str) -> ModelConfig:
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise UserError(f"no model {name!r} here; there are: {', '.join(model.name for model in self.models)}")
+
+
+def read(path: Path | str) -> Experiment:
+    """Read an experiment from a TOML file, or by the name of a config that comes with the package.
+
+    Raises:
+        UserError: no such file, no TOML, an unknown key or a wrong value.
+
+    >>> read("quickstart").dataset
+    'digits'
+    """
+    file = find(path)
+    try:
+        if file.stat().st_size > MAXIMUM_CONFIG_BYTES:
+            raise UserError(f"{file} is larger than {MAXIMUM_CONFIG_BYTES} bytes: not a config")
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} cannot be read as TOML: {error}") from error
+    return from_dict(raw, str(file))
+
+
+def from_dict(raw: dict[str, Any], origin: str = "config") -> Experiment:
+    """Build an experiment from plain data; the tables [network] and [train] are defaults of every model."""
+    raw = dict(raw)
+    shared = {key: raw.pop(key, {}) for key in ("network", "train")}
+    models = raw.get("models")
+    if isinstance(models, (list, tuple)) and all(isinstance(model, dict) for model in models):
+        for table in shared.values():
+            if not isinstance(table, dict):
+                raise UserError(f"{origin}: network and train must be tables")
+        raw["models"] = tuple({**model, **_merged(shared, model)} for model in models)
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_first_line(error)}") from None
+
+
+def _merged(shared: dict[str, dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for key, defaults in shared.items():
+        own = model.get(key, {})
+        merged[key] = {**defaults, **own} if isinstance(own, dict) else own
+    return merged
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # A shown value is cut short: a config may hold anything.
+    key = ".".join(str(part) for part in first["loc"])[:120] or "top level"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{key}: {message[0].lower()}{message[1:]} (got {shown})" if first["type"] != "missing" else f"{key}: missing"
+
+
+def config_directory() -> Path:
+    """Where the configs are: beside the package in a checkout, inside it in an installed wheel."""
+    beside = Path(__file__).resolve().parent.parent / "configs"
+    return beside if beside.is_dir() else Path(str(resources.files("robustflow") / "configs"))
+
+
+def list_configs() -> dict[str, Path]:
+    """Names of the configs that come with the package, as `find` takes them."""
+    folder = config_directory()
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def find(path: Path | str) -> Path:
+    """A file, or the name of a config that comes with the package ("quickstart", "cifar10/cpu", "configs/…")."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    name = str(path).removeprefix("configs/").removesuffix(".toml")
+    configs = list_configs()
+    if name not in configs:
+        raise UserError(f"no config {path}: neither a file nor one of {', '.join(configs)}")
+    return configs[name]

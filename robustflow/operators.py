@@ -1,0 +1,144 @@
+"""The linear maps inside a step, each with its exact adjoint and the constraint that it keeps.
+
+Weights are plain tensors, never parametrisations: an optimizer updates them and `constrain_` brings them back to the
+constraint set. What is stored is therefore what is certified, attacked and exported.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustflow import norms
+
+# Beyond this distance from the orthogonal matrices one polar iteration is no longer a good projection.
+_POLAR_BASIN = 0.5
+
+
+class Convolution(nn.Module):
+    """A zero-padded convolution x ↦ K ∗ x with odd kernel, stride 1 and no bias.
+
+    With ``image_size`` given, the kernel is held at spectral norm 1: after every update by one power iteration on the
+    convolution of that image size (which trains well, but only estimates the norm from below), and by the rigorous
+    embedding bound of `robustflow.norms` when `constrain_` is asked to be exact. Without it the kernel is free.
+
+    Shape: (B, in_channels, H, W) → (B, out_channels, H, W); `adjoint` goes back.
+
+    >>> layer = Convolution(3, 8, 3, image_size=(8, 8))
+    >>> layer.constrain_(exact=True)
+    >>> x, y = torch.randn(1, 3, 8, 8), torch.randn(1, 8, 8, 8)
+    >>> bool(torch.isclose((layer(x) * y).sum(), (x * layer.adjoint(y)).sum(), atol=1e-4))
+    True
+    """
+
+    direction: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, *, image_size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"a zero-padded convolution needs an odd kernel size, not {kernel_size}")
+        self.in_channels, self.out_channels, self.image_size = in_channels, out_channels, image_size
+        self.padding = kernel_size // 2
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        if image_size is not None:
+            # Where power iteration stands. It belongs to the state of a training, not to the model: not persistent.
+            self.register_buffer("direction", torch.randn(1, in_channels, *image_size), persistent=False)
+            self.constrain_(exact=False, iterations=20)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, self.weight, bias, padding=self.padding)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Kᵀ ∗ y, the transpose of `forward` without bias, padding included."""
+        return F.conv_transpose2d(y, self.weight, padding=self.padding)
+
+    @torch.no_grad()
+    def constrain_(self, *, exact: bool = False, iterations: int = 1) -> None:
+        """Divide the kernel by its spectral norm: an estimate, or, if ``exact``, a proved upper bound."""
+        if self.image_size is None:
+            return
+        if exact:
+            bound = norms.conv2d_norm(self.weight.double().cpu(), self.image_size, padding=self.padding)
+            self.weight.div_(bound)
+            return
+        for _ in range(iterations):
+            image = self.forward(self.direction)
+            back = self.adjoint(image)
+            self.direction.copy_(back / back.norm().clamp_min(1e-12))
+        self.weight.div_(self.forward(self.direction).norm().clamp_min(1e-12))
+
+
+class PatchConvolution(nn.Module):
+    """A matrix W with orthonormal rows (or columns, if tall) on disjoint p × p patches, optionally on a shifted grid.
+
+    Kernel = stride = p, so that no two patches overlap: the layer's singular values are those of the small matrix, and W
+    orthogonal makes the layer orthogonal, borders included. (A zero-padded convolution is never orthogonal.) Shifting
+    the grid between layers by `torch.roll`, itself an isometry, lets patches talk to each other.
+
+    Shape: (B, in_channels, H, W) → (B, out_channels, H/p, W/p), H and W multiples of p; `adjoint` goes back.
+
+    >>> layer = PatchConvolution(3, 12, patch=2, shift=1)
+    >>> x = torch.randn(1, 3, 8, 8)
+    >>> bool(torch.allclose(layer.adjoint(layer(x)), x, atol=1e-5))
+    True
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int = 2, shift: int = 0) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.patch, self.shift = in_channels, out_channels, patch, shift
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels * patch * patch))
+        nn.init.orthogonal_(self.weight)
+
+    def _kernel(self) -> Tensor:
+        return self.weight.view(self.out_channels, self.in_channels, self.patch, self.patch)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.shift:
+            x = torch.roll(x, (-self.shift, -self.shift), (2, 3))
+        return F.conv2d(x, self._kernel(), bias, stride=self.patch)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Wᵀ on every patch and the grid shifted back."""
+        x = F.conv_transpose2d(y, self._kernel(), stride=self.patch)
+        return torch.roll(x, (self.shift, self.shift), (2, 3)) if self.shift else x
+
+    @torch.no_grad()
+    def constrain_(self, *, exact: bool = False) -> None:
+        """Return to the orthonormal matrices: one polar iteration 3/2 W − 1/2 W Wᵀ W, or, if ``exact``, the projection.
+
+        The iteration is only used close to the constraint set, where one step squares the error.
+        """
+        w = self.weight
+        tall = w.shape[0] > w.shape[1]
+        gram = w.T @ w if tall else w @ w.T
+        excess = gram - torch.eye(len(gram), device=w.device)
+        if exact or not bool(excess.norm() < _POLAR_BASIN):
+            if not bool(torch.isfinite(w).all()):
+                return  # the training loop reports divergence; an SVD would only raise something less clear
+            u, _, v = torch.linalg.svd(w.double(), full_matrices=False)
+            w.copy_(u @ v)
+        else:
+            w.sub_(w @ excess if tall else excess @ w, alpha=0.5)
+
+
+class UnitRowLinear(nn.Linear):
+    """A linear head whose rows have norm 1, so that margins and radii are in the same units.
+
+    With unit rows the radius of a pair is (f_y − f_j)/(L·‖w_y − w_j‖), and ‖w_y − w_j‖ ≤ 2.
+
+    >>> UnitRowLinear(4, 3).weight.norm(dim=1).round(decimals=4).tolist()
+    [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        nn.init.zeros_(self.bias)
+        self.constrain_()
+
+    @torch.no_grad()
+    def constrain_(self, *, exact: bool = False) -> None:
+        self.weight.div_(self.weight.norm(dim=1, keepdim=True).clamp_min(1e-12))

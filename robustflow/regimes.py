@@ -1,0 +1,195 @@
+"""The regimes: which steps a block consists of, and which inequality their step sizes keep.
+
+| regime | a layer, or a pair of layers | what is kept |
+|---|---|---|
+| unconstrained | x + B ReLU(Ax + a) | nothing |
+| naive | ½(x + B ReLU(Ax + a)) | ‖A‖, ‖B‖ ≤ 1 |
+| nonexpansive | x − h Aᵀ ReLU(Ax + b) | ‖A‖ ≤ 1, 0 ≤ h ≤ 2 |
+| prescribed | x + h_E Wᵀσ(Wx + v), then x − h_C Aᵀσ(Ax + b) | √(1 − h_C + h_C²)(1 + h_E) ≤ 1, AᵀA = I |
+| sharp | the same pair | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
+| flexible | x − h Aᵀσ(Ax + b), h of either sign | the product of all layers' constants ≤ 1, AᵀA = I |
+
+σ is a leaky ReLU with slopes in [a, 1], a = ½ in the last three. The first five are the classifiers of Celledoni et al.,
+arXiv 2210.02373; *sharp* replaces their bound of the contractive step by its exact constant. All three of the last
+regimes need AᵀA = I exactly: with only ‖A‖ ≤ 1 a contractive step need not contract at all (a direction with Ax = 0
+stays as it is), and the expansion before it is then not made up for. Hence they use patch kernels for A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robustflow.errors import UserError
+from robustflow.fields import GradientField, Operator, TwoKernelField
+from robustflow.operators import Convolution, PatchConvolution
+from robustflow.steps import AveragedStep, EulerStep
+
+PAIR_SLOPE = 0.5
+# Step sizes are stored in float32: the inequality is met with this much to spare, so that rounding cannot break it.
+_ROUNDING = 1e-6
+
+
+def prescribed_contraction(h: float, slope: float = PAIR_SLOPE) -> float:
+    """√(1 − 2ah + h²): the paper's bound of x − hAᵀσ(Ax + b) with AᵀA = I, √(1 − h + h²) at a = ½.
+
+    >>> round(prescribed_contraction(0.5), 4)
+    0.866
+    """
+    return math.sqrt(1 - 2 * slope * h + h * h)
+
+
+def sharp_contraction(h: float, slope: float = PAIR_SLOPE) -> float:
+    """max(1 − ah, h − 1): the exact Lipschitz constant of the same step (h ≥ 0), ⅓ at best for a = ½.
+
+    The Jacobian I − hAᵀDA with aI ≤ D ≤ I is symmetric with eigenvalues in [1 − h, 1 − ah].
+
+    >>> round(sharp_contraction(4 / 3), 4)
+    0.3333
+    """
+    return max(1 - slope * h, h - 1)
+
+
+class Pair(nn.Sequential):
+    """An expansive step followed by a contractive one, with ``contraction(h_C)·(1 + h_E) ≤ 1`` after every update.
+
+    Shape: (B, C, H, W) → (B, C, H, W).
+    """
+
+    def __init__(self, expansive: EulerStep, contractive: EulerStep, contraction: Callable[[float, float], float]) -> None:
+        super().__init__(expansive, contractive)
+        self.contraction = contraction
+        self.constrain_()
+
+    @torch.no_grad()
+    def constrain_(self, *, exact: bool = False) -> None:
+        """Clamp h_C to [0, 4/3] and then h_E to what the inequality leaves."""
+        expansive, contractive = self[0].step_size, self[1].step_size
+        h = min(max(float(contractive), 0.0), 4 / 3)
+        contractive.fill_(h)
+        # Where the bound is not below 1 there is nothing to make up for: no expansion.
+        room = 1 / self.contraction(float(contractive), PAIR_SLOPE) - 1
+        expansive.clamp_(0.0, max(room, 0.0) * (1 - _ROUNDING))
+
+
+@torch.no_grad()
+def balance_signed_steps_(steps: Iterable[EulerStep]) -> None:
+    """Shrink the negative (expanding) step sizes until Π c(h_i) ≤ 1, c(h) = max(1 − ah, h − 1) or 1 + |h|.
+
+    All steps must have AᵀA = I. The contracting steps are left alone; the factor on the others is found by bisection.
+    """
+    signed = list(steps)
+    sizes = torch.stack([step.step_size.detach().double() for step in signed]).clamp(-2.0, 2.0)
+    slopes = torch.tensor([step.field.slope for step in signed], dtype=torch.float64)
+    sizes = sizes.cpu()
+    contraction = torch.maximum(1 - slopes * sizes, sizes - 1).clamp_min(1e-12).log()[sizes >= 0].sum()
+
+    def log_product(scale: float) -> float:
+        return float(contraction + torch.log1p(-scale * sizes[sizes < 0]).sum())
+
+    low, high = 0.0, 1.0
+    if log_product(1.0) > -_ROUNDING:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if log_product(middle) <= -_ROUNDING else (low, middle)
+        # Contracting steps alone may leave no room at all (Π = 1, all h = 0): then nothing may expand.
+        sizes = torch.where(sizes < 0, low * sizes, sizes)
+    for step, size in zip(signed, sizes, strict=True):
+        step.step_size.fill_(float(size))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a block's layers are built, and what the network must do after every update besides its layers' own part."""
+
+    name: str
+    description: str
+    constrained: bool
+    layers_per_unit: int
+    build: Callable[[BlockShape, int], nn.Module]
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What the layers of one block have in common."""
+
+    channels: int
+    image_size: tuple[int, int]
+    kernel: str
+    kernel_size: int = 3
+    patch: int = 2
+
+    def spectral(self, index: int) -> Operator:
+        """A kernel of norm 1: a convolution, or (orthonormal) patches where the network is built from patches."""
+        if self.kernel == "convolution":
+            return Convolution(self.channels, self.channels, self.kernel_size, image_size=self.image_size)
+        return self.orthonormal(index)
+
+    def orthonormal(self, index: int) -> PatchConvolution:
+        """An orthogonal matrix on patches; every other layer works on a grid shifted by half a patch."""
+        patch = self.patch
+        if self.image_size[0] % patch or self.image_size[1] % patch:
+            raise UserError(
+                f"{self.image_size[0]}×{self.image_size[1]} images cannot be cut into {patch}×{patch} patches: "
+                "choose another patch size or fewer blocks"
+            )
+        shift = 0 if self.image_size == (patch, patch) else (index % 2) * (patch // 2)
+        return PatchConvolution(self.channels, self.channels * patch * patch, patch, shift)
+
+    def free(self) -> Operator:
+        return Convolution(self.channels, self.channels, self.kernel_size)
+
+
+def _unconstrained(shape: BlockShape, index: int) -> nn.Module:
+    inner, outer = shape.free(), shape.free()
+    # Starts close to the identity, as residual networks without normalisation must.
+    with torch.no_grad():
+        outer.weight.mul_(0.1)
+    return EulerStep(TwoKernelField(inner, outer), 1.0, learned=False)
+
+
+def _naive(shape: BlockShape, index: int) -> nn.Module:
+    return AveragedStep(TwoKernelField(shape.spectral(index), shape.spectral(index)))
+
+
+def _nonexpansive(shape: BlockShape, index: int) -> nn.Module:
+    return EulerStep(GradientField(shape.spectral(index), slope=0.0, sign=-1), 2.0, interval=(0.0, 2.0))
+
+
+def _pair(shape: BlockShape, index: int, contraction: Callable[[float, float], float], start: float) -> Pair:
+    expansive = GradientField(shape.spectral(2 * index), slope=PAIR_SLOPE, sign=1)
+    contractive = GradientField(shape.orthonormal(2 * index + 1), slope=PAIR_SLOPE, sign=-1)
+    # The pair starts at the step size that contracts most and leaves most room; its own constraint does the rest.
+    return Pair(EulerStep(expansive, math.inf), EulerStep(contractive, start), contraction)
+
+
+def _prescribed(shape: BlockShape, index: int) -> nn.Module:
+    return _pair(shape, index, prescribed_contraction, 0.5)
+
+
+def _sharp(shape: BlockShape, index: int) -> nn.Module:
+    return _pair(shape, index, sharp_contraction, 4 / 3)
+
+
+def _flexible(shape: BlockShape, index: int) -> nn.Module:
+    field = GradientField(shape.orthonormal(index), slope=PAIR_SLOPE, sign=-1)
+    # Alternates as the others do at the start; training may turn any layer into either kind.
+    return EulerStep(field, 4 / 3 if index % 2 else -1.0)
+
+
+REGIMES: dict[str, Regime] = {
+    regime.name: regime
+    for regime in (
+        Regime("unconstrained", "residual network without constraints: x + B ReLU(Ax + a)", False, 1, _unconstrained),
+        Regime("naive", "averaged residual steps ½(x + B ReLU(Ax + a)) with norms at most 1", True, 1, _naive),
+        Regime("nonexpansive", "contractive steps only, step sizes in [0, 2]", True, 1, _nonexpansive),
+        Regime("prescribed", "expansive/contractive pairs under √(1 − h_C + h_C²)(1 + h_E) ≤ 1", True, 2, _prescribed),
+        Regime("flexible", "signed steps; only the product of all constants is at most 1", True, 1, _flexible, True),
+        Regime("sharp", "pairs under the exact constant max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1", True, 2, _sharp),
+    )
+}

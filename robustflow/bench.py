@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from robustflow import checkpoints, data, environment, networks
+from robustflow import checkpoints, data, environment, evaluation, networks
+from robustflow.bounds import account
 from robustflow.config import Experiment, ModelConfig
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
@@ -106,7 +108,6 @@ def train(
     out: Path,
     images: ImageSet,
     *,
-    seed: int,
     device: torch.device,
     only: str | None = None,
 ) -> None:
@@ -116,7 +117,7 @@ def train(
     pixels = fingerprint(images)
     for config in experiment.models:
         if only in (None, config.name):
-            train_model(config, out / "models" / config.name, images, seed=seed, device=device, pixels=pixels)
+            train_model(config, out / "models" / config.name, images, seed=experiment.seed, device=device, pixels=pixels)
 
 
 def train_model(
@@ -160,6 +161,42 @@ def train_model(
     }
     checkpoints.write_json(folder / CARD, card)
     (folder / STATE).unlink(missing_ok=True)
+
+
+def _subjects(
+    experiment: Experiment, out: Path, images: ImageSet, only: str | None
+) -> Iterator[tuple[ModelConfig, evaluation.Subject]]:
+    """Every model on every split of the evaluation; each model is read once for each split, fresh from its file."""
+    if only is not None:
+        experiment.model(only)
+    for split_name in experiment.evaluate.splits:
+        split, folder = evaluation.open_evaluation(out, images, split_name, experiment.evaluate)
+        for config in experiment.models:
+            if only in (None, config.name):
+                home = out / "models" / config.name
+                model = load_model(config, images, home)
+                yield config, evaluation.Subject(config.name, model, read_card(home)["sha256"], split, folder)
+
+
+def certify(experiment: Experiment, out: Path, images: ImageSet, *, only: str | None = None) -> list[str]:
+    """Certify every model on every split. Returns the readable account of each bound."""
+    accounts = []
+    for config, subject in _subjects(experiment, out, images, only):
+        evaluation.certify_subject(subject, batch_size=experiment.evaluate.batch_size)
+        text = account(subject.model, subject.model.input_shape).explain()
+        accounts.append(f"{config.name} on {subject.folder.name}\n{text}\n")
+    return accounts
+
+
+def attack(
+    experiment: Experiment, out: Path, images: ImageSet, *, device: torch.device, only: str | None = None
+) -> int:
+    """Attack every model on every split. Returns the number of alarms."""
+    alarms = 0
+    for _, subject in _subjects(experiment, out, images, only):
+        record = evaluation.attack_subject(subject, experiment.evaluate, seed=experiment.seed, device=device)
+        alarms += len(record["alarms"])
+    return alarms
 
 
 def load_data(experiment: Experiment, directory: Path | None) -> ImageSet:

@@ -252,3 +252,12 @@ DATASETS: dict[str, Callable[[Path | str | None], Arrays]] = {
     "cifar100": _cifar("cifar100", 100),
     "digits": _digits,
 }
+
+
+def describe() -> dict[str, str]:
+    """What `robustflow list datasets` says."""
+    return {
+        "cifar10": "32×32 colour images, 10 classes: cifar10.npz in the data directory, or torchvision's download",
+        "cifar100": "32×32 colour images, 100 classes: cifar100.npz in the data directory, or torchvision's download",
+        "digits": "8×8 grey images of handwritten digits, 10 classes: embedded, nothing to download",
+    }

@@ -5,8 +5,8 @@
 | unconstrained | x + B ReLU(Ax + a) | nothing |
 | naive | ½(x + B ReLU(Ax + a)) | ‖A‖, ‖B‖ ≤ 1 |
 | nonexpansive | x − h Aᵀ ReLU(Ax + b) | ‖A‖ ≤ 1, 0 ≤ h ≤ 2 |
-| prescribed | x + h_E Wᵀσ(Wx + v), then x − h_C Aᵀσ(Ax + b) | √(1 − h_C + h_C²)(1 + h_E) ≤ 1, AᵀA = I |
-| sharp | the same pair | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
+| prescribed | x + h_E Wᵀσ(Wx + v), then x − h_C Aᵀσ(Ax + b), h fixed | √(1 − h_C + h_C²)(1 + h_E) ≤ 1, AᵀA = I |
+| sharp | the same pair, h learned | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
 | flexible | x − h Aᵀσ(Ax + b), h of either sign | the product of all layers' constants ≤ 1, AᵀA = I |
 
 σ is a leaky ReLU with slopes in [a, 1], a = ½ in the last three. The first five are the classifiers of Celledoni et al.,
@@ -102,6 +102,22 @@ def balance_signed_steps_(steps: Iterable[EulerStep]) -> None:
         step.step_size.fill_(float(size))
 
 
+@torch.no_grad()
+def nominal_constant(model: nn.Module) -> float:
+    """Π of the exact constants of all gradient steps, taking every kernel to have norm 1 and AᵀA = I where slopes are > 0.
+
+    What the steps contract at least: 1 for most regimes, 0.866 a pair in *prescribed*, whose inequality is not tight.
+    Training divides logits by it, so that a margin in the loss means the same distance in every regime. It is no bound
+    to certify with.
+    """
+    product = 1.0
+    for module in model.modules():
+        if isinstance(module, EulerStep) and isinstance(module.field, GradientField):
+            h = -module.field.sign * float(module.step_size)
+            product *= sharp_contraction(h, module.field.slope) if h >= 0 else 1 - h
+    return product
+
+
 @dataclass(frozen=True)
 class Regime:
     """How a block's layers are built, and what the network must do after every update besides its layers' own part."""
@@ -161,19 +177,25 @@ def _nonexpansive(shape: BlockShape, index: int) -> nn.Module:
     return EulerStep(GradientField(shape.spectral(index), slope=0.0, sign=-1), 2.0, interval=(0.0, 2.0))
 
 
-def _pair(shape: BlockShape, index: int, contraction: Callable[[float, float], float], start: float) -> Pair:
+def _pair(
+    shape: BlockShape, index: int, contraction: Callable[[float, float], float], start: float, *, learned: bool
+) -> Pair:
     expansive = GradientField(shape.spectral(2 * index), slope=PAIR_SLOPE, sign=1)
     contractive = GradientField(shape.orthonormal(2 * index + 1), slope=PAIR_SLOPE, sign=-1)
-    # The pair starts at the step size that contracts most and leaves most room; its own constraint does the rest.
-    return Pair(EulerStep(expansive, math.inf), EulerStep(contractive, start), contraction)
+    # From the step size that contracts most, and all the expansion that it leaves room for.
+    room = 1 / contraction(start, PAIR_SLOPE) - 1
+    steps = (EulerStep(expansive, room, learned=learned), EulerStep(contractive, start, learned=learned))
+    return Pair(*steps, contraction)
 
 
 def _prescribed(shape: BlockShape, index: int) -> nn.Module:
-    return _pair(shape, index, prescribed_contraction, 0.5)
+    # Fixed, as in the paper. Left to training both step sizes of a pair go to 0 (measured): the bound √(1 − h + h²) is
+    # so far above what the step really does that every nonlinearity costs margin, and the network turns linear.
+    return _pair(shape, index, prescribed_contraction, 0.5, learned=False)
 
 
 def _sharp(shape: BlockShape, index: int) -> nn.Module:
-    return _pair(shape, index, sharp_contraction, 4 / 3)
+    return _pair(shape, index, sharp_contraction, 4 / 3, learned=True)
 
 
 def _flexible(shape: BlockShape, index: int) -> nn.Module:

@@ -24,6 +24,7 @@ from robustflow.config import CrossEntropyLoss, HingeLoss, LossConfig, OffsetLos
 from robustflow.data import ImageSet, Split, augment, to_float
 from robustflow.errors import UserError
 from robustflow.networks import Classifier
+from robustflow.regimes import REGIMES, nominal_constant
 
 STATE, LOG, WEIGHTS = "training.safetensors", "train.jsonl", "model.safetensors"
 
@@ -123,6 +124,7 @@ class Training:
         self.steps_per_epoch = len(self.data) // config.batch_size
         self.total = self.steps_per_epoch * config.epochs
         self.loss = build_loss(config.loss)
+        self.scaled = model.regime in REGIMES and REGIMES[model.regime].constrained
         self.optimizers = build_optimizers(self.model, config)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.progress = Progress()
@@ -185,6 +187,8 @@ class Training:
         with self._autocast():
             logits = self.model(to_float(pixels))
         share = self.progress.step / self.total
+        if self.scaled:
+            logits = logits / nominal_constant(self.model)
         loss = self.loss(logits.float(), labels, self.model.head.weight, share)
         value = float(loss.detach())
         if not math.isfinite(value):

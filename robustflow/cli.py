@@ -1,0 +1,164 @@
+"""The command line: `robustflow bench CONFIG` does everything, the other commands one stage of it.
+
+Exit codes: 0 done; 1 an alarm (an attack inside a certified ball); 2 bad input, told in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import attacks
+from robustflow import bench, config, data, environment, evaluation, networks
+from robustflow.config import Experiment
+from robustflow.errors import UserError
+from robustflow.report import build_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (UserError, attacks.AttackInputError) as error:
+        print(f"robustflow: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("robustflow: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="robustflow", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    for name, command, text in (
+        ("bench", _bench, "train, certify and attack every model of a config, and report"),
+        ("train", _train, "train the models of a config that are not finished"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of a config (see `robustflow list`)")
+        sub.add_argument("--out", type=Path, help="output directory (default: runs/CONFIG)")
+        sub.add_argument("--seed", type=_seed, help="instead of the config's seed")
+        _add_machine(sub)
+    for name, command, text in (
+        ("certify", _certify, "certify the trained models of an output directory"),
+        ("attack", _attack, "attack the certified models of an output directory"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow train`")
+        if name == "certify":
+            sub.add_argument("--explain", action="store_true", help="print the account of each bound, layer by layer")
+        _add_machine(sub)
+    sub = add("report", _report, "rebuild summary, tables, plots and report.html from the rows of a directory")
+    sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow bench`")
+    sub = add("list", _list, "list models, attacks, datasets and configs")
+    sub.add_argument("what", nargs="?", choices=("models", "attacks", "datasets", "configs"), help="only these")
+    return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="only this model of the config")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory (default: $ROBUSTFLOW_DATA, or a cache)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path]:
+    """Read the config, check what can be checked at once, and open the output directory."""
+    experiment = config.read(options.config)
+    if options.seed is not None:
+        experiment = experiment.model_copy(update={"seed": options.seed})
+    evaluation.check_attacks(experiment.evaluate)
+    known = {str(path): name for name, path in config.list_configs().items()}
+    file = config.find(options.config)
+    name = known.get(str(file.resolve()), str(options.config))
+    out = options.out or Path("runs") / file.stem
+    bench.open_directory(out, experiment, name)
+    return experiment, out
+
+
+def _bench(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    device = environment.choose_device(options.device)
+    experiment, out = _prepare(options)
+    images = bench.load_data(experiment, options.data)
+    bench.train(experiment, out, images, device=device, only=options.model)
+    bench.certify(experiment, out, images, only=options.model)
+    alarms = bench.attack(experiment, out, images, device=device, only=options.model)
+    report = build_report(out)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"{report} ({time.monotonic() - started:.0f} s)")
+    return _verdict(alarms, report)
+
+
+def _verdict(alarms: int, place: Path) -> int:
+    if alarms:
+        print(f"robustflow: ALARM: {alarms} adversarials inside certified balls, see {place}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    device = environment.choose_device(options.device)
+    experiment, out = _prepare(options)
+    bench.train(experiment, out, bench.load_data(experiment, options.data), device=device, only=options.model)
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    environment.choose_device(options.device)
+    experiment, _ = bench.read_directory(options.out)
+    images = bench.load_data(experiment, options.data)
+    for account in bench.certify(experiment, options.out, images, only=options.model):
+        if options.explain:
+            print(account)
+    return 0
+
+
+def _attack(options: argparse.Namespace) -> int:
+    device = environment.choose_device(options.device)
+    experiment, _ = bench.read_directory(options.out)
+    evaluation.check_attacks(experiment.evaluate)
+    images = bench.load_data(experiment, options.data)
+    return _verdict(bench.attack(experiment, options.out, images, device=device, only=options.model), options.out)
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(build_report(options.out))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    sections: dict[str, Callable[[], Iterator[str]]] = {
+        "models": lambda: (f"{name:15} {text}" for name, text in networks.list_models().items()),
+        "attacks": lambda: iter(attacks.describe().splitlines()),
+        "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
+        "configs": lambda: (f"{name:15} {path}" for name, path in config.list_configs().items()),
+    }
+    chosen = [options.what] if options.what else list(sections)
+    for what in chosen:
+        if len(chosen) > 1:
+            print(f"{what}:")
+        for line in sections[what]():
+            print(f"  {line}" if len(chosen) > 1 else line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

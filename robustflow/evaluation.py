@@ -1,0 +1,290 @@
+"""Certify and attack a trained model on one split: a row an image, from both sides.
+
+The one place that calls the package `attacks`. The two stages of a model on a split share NAME.csv and NAME.json in
+OUT/evaluations/DATASET-SPLIT/: `certify` writes index, label, prediction and certified radius, `attack` adds what it
+found. The JSON file is written last and tells what its stage depended on; a stage that is done is not repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import attacks
+from robustflow import checkpoints, environment
+from robustflow.certificates import certify
+from robustflow.config import EvaluateConfig
+from robustflow.data import ImageSet, Split
+from robustflow.errors import UserError
+from robustflow.falsifier import falsify_network
+from robustflow.networks import Classifier
+
+# Raised whenever the numbers of a stage would come out differently from the same weights and images.
+CERTIFY_VERSION, ATTACK_VERSION = 1, 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one split, and the folder where its rows go."""
+
+    name: str
+    model: Classifier
+    weights_sha256: str
+    split: Split
+    folder: Path
+
+    @property
+    def rows_file(self) -> Path:
+        return self.folder / f"{self.name}.csv"
+
+    @property
+    def record_file(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def record(self) -> dict[str, Any]:
+        return checkpoints.read_json(self.record_file) if self.record_file.exists() else {}
+
+    def certificate_identity(self) -> str:
+        digest = hashlib.sha256(self.split.pixels.cpu().numpy().tobytes() + self.split.labels.cpu().numpy().tobytes())
+        return _hash([CERTIFY_VERSION, self.weights_sha256, digest.hexdigest()])
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_attacks(config: EvaluateConfig) -> None:
+    """Refuse an unknown attack before anything is trained."""
+    for name in config.attacks:
+        attacks.resolve(name)
+
+
+def open_evaluation(out: Path, images: ImageSet, split_name: str, config: EvaluateConfig) -> tuple[Split, Path]:
+    """The images to evaluate on and the folder for their rows, described by its evaluation.json."""
+    split = images.splits[split_name].head(config.images)
+    folder = out / "evaluations" / f"{images.name}-{split_name}"
+    description = {
+        "schema_version": 1,
+        "dataset": images.name,
+        "source": images.source,
+        "split": split_name,
+        "n": len(split),
+        "epsilons": list(config.epsilons),
+        "attack_sets": list(config.attacks),
+        "class_names": list(images.class_names),
+    }
+    path = folder / "evaluation.json"
+    if not path.exists() or checkpoints.read_json(path) != description:
+        checkpoints.write_json(path, description)
+    return split, folder
+
+
+def certify_subject(subject: Subject, *, batch_size: int = 250) -> dict[str, Any]:
+    """Certified radii of every image, the account of the bound, and an attempt to falsify it.
+
+    Raises:
+        UserError: a layer without a rule, or a pair of points that refutes the bound (the pair is saved).
+    """
+    identity = subject.certificate_identity()
+    record = subject.record()
+    if record.get("certificate_identity") == identity and subject.rows_file.exists():
+        return record
+    started = time.perf_counter()
+    images = subject.split.images().cpu()
+    labels = subject.split.labels.cpu()
+    certificate = certify(subject.model, images, labels, batch_size=batch_size)
+    seconds = time.perf_counter() - started
+    falsifications = falsify_network(subject.model, images[:4])
+    for found in falsifications:
+        if found.violated:
+            pair = subject.folder / f"{subject.name}.falsified.safetensors"
+            checkpoints.write_tensors(pair, {"x": found.x, "y": found.y}, found.as_dict())
+            raise UserError(
+                f"the certificate of {subject.name} is refuted at {found.layer}: observed {found.observed:.9g} > "
+                f"claimed {found.claimed:.9g}; the pair is in {pair}"
+            )
+    rows = pd.DataFrame(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels.numpy(),
+            "prediction": certificate.predictions,
+            "certified_radius": certificate.radii,
+        }
+    )
+    record = {
+        "name": subject.name,
+        "lipschitz_bound": checkpoints.finite(certificate.lipschitz),
+        "certified_object": certificate.certified_object,
+        "account": [
+            {key: checkpoints.finite(value) if isinstance(value, float) else value for key, value in row.items()}
+            for row in certificate.account.rows()
+        ],
+        # The first is the whole network, the others its layers.
+        "falsifier": {key: checkpoints.finite(value) for key, value in falsifications[0].as_dict().items()},
+        "falsifier_layers": {found.layer: checkpoints.finite(found.ratio) for found in falsifications[1:]},
+        "seconds": {"certify": round(seconds, 3)},
+        "environment": environment.describe("cpu"),
+        "certificate_identity": identity,
+    }
+    _write(subject, rows, record)
+    return record
+
+
+def attack_subject(
+    subject: Subject, config: EvaluateConfig, *, seed: int, device: torch.device, show_progress: bool = True
+) -> dict[str, Any]:
+    """Attack every image with every set, each on its own; keep the smallest adversarial of all.
+
+    An image with an adversarial inside its certified ball is an alarm: re-checked in float64, saved, recorded.
+
+    Raises:
+        UserError: the split has not been certified, or the model cannot be attacked.
+    """
+    record = subject.record()
+    if record.get("certificate_identity") != subject.certificate_identity():
+        raise UserError(f"{subject.name} has no certificate for these images: run `robustflow certify` first")
+    options = [list(config.epsilons), list(config.attacks), config.audit, config.batch_size, seed, device.type]
+    identity = _hash([ATTACK_VERSION, record["certificate_identity"], *options])
+    if record.get("attack_identity") == identity:
+        return record
+    rows = read_rows(subject.rows_file)[["index", "label", "prediction", "certified_radius"]]
+    images, labels = subject.split.images().cpu(), subject.split.labels.cpu()
+    model = subject.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = time.perf_counter()
+    passes: dict[str, int] = {}
+    warnings: list[str] = []
+    best, names, adversarials = np.full(len(labels), np.inf), np.full(len(labels), "", dtype=object), images.clone()
+    for chosen in config.attacks:
+        with tqdm(desc=f"{subject.name}: {chosen}", disable=None if show_progress else True, unit="image") as bar:
+            result = attacks.sweep(
+                model,
+                images,
+                labels,
+                config.epsilons,
+                chosen,
+                certified_radii=rows["certified_radius"].to_numpy(),
+                audit=config.audit,
+                batch_size=config.batch_size,
+                device=device,
+                seed=seed,
+                progress=_shown_on(bar, f"{subject.name}: {chosen}"),
+            )
+        norms = result.samples["adversarial_norm"].to_numpy()
+        rows[f"norm_{chosen}"] = norms
+        better = norms < best
+        best[better], names[better] = norms[better], result.samples["attack"].to_numpy()[better]
+        adversarials[torch.from_numpy(better)] = result.adversarials[torch.from_numpy(better)]
+        passes |= {f"{chosen}: {name}": count for name, count in result.forward_passes.items()}
+        warnings += [f"{chosen}: {warning}" for warning in result.warnings]
+    seconds = time.perf_counter() - started
+    rows.insert(4, "adversarial_norm", best)
+    rows.insert(5, "attack", names)
+    alarms = find_alarms(subject, rows, images, adversarials)
+    _write_examples(subject, rows, images, adversarials, config.examples)
+    record |= {
+        "seconds": {"certify": record["seconds"]["certify"], "attack": round(seconds, 3)},
+        "forward_passes": passes,
+        "warnings": warnings,
+        "alarms": alarms,
+        "attack_environment": environment.describe(device),
+        "attack_seed": seed,
+        "attack_identity": identity,
+    }
+    _write(subject, rows, record)
+    return record
+
+
+def find_alarms(subject: Subject, rows: pd.DataFrame, images: Tensor, adversarials: Tensor) -> list[dict[str, Any]]:
+    """Images whose smallest adversarial lies inside the certified ball, looked at again in float64."""
+    radius, norm = rows["certified_radius"].to_numpy(), rows["adversarial_norm"].to_numpy()
+    crossed = np.flatnonzero((radius > 0) & (norm <= radius))
+    alarms: list[dict[str, Any]] = []
+    if len(crossed):
+        exact = _float64_logits(subject.model, adversarials[torch.from_numpy(crossed)])
+    for place, index in enumerate(crossed):
+        distance = float((adversarials[index].double() - images[index].double()).norm())
+        confirmed = int(exact[place].argmax()) != int(rows["label"][index]) and distance <= radius[index]
+        file = f"{subject.name}.alarm-{index}.safetensors"
+        tensors = {"image": images[index], "adversarial": adversarials[index]}
+        checkpoints.write_tensors(subject.folder / file, tensors, {"index": int(index)})
+        alarms.append(
+            {
+                "index": int(index),
+                "certified_radius": float(radius[index]),
+                "adversarial_norm": float(norm[index]),
+                "attack": str(rows["attack"][index]),
+                "confirmed_in_float64": confirmed,
+                "file": file,
+            }
+        )
+    return alarms
+
+
+def _float64_logits(model: Classifier, images: Tensor) -> Tensor:
+    """Logits of a float64 copy on the CPU; the model itself is given back as it was."""
+    exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    with torch.no_grad():
+        return exact(images.cpu().double())
+
+
+def _write_examples(subject: Subject, rows: pd.DataFrame, images: Tensor, adversarials: Tensor, count: int) -> None:
+    """The first broken images with their adversarials, for the report's picture."""
+    norm = rows["adversarial_norm"].to_numpy()
+    broken = torch.from_numpy(np.flatnonzero((norm > 0) & np.isfinite(norm))[:count])
+    path = subject.folder / f"{subject.name}.examples.safetensors"
+    if not len(broken):
+        path.unlink(missing_ok=True)
+        return
+    chosen = broken.numpy()
+    device = next(subject.model.parameters()).device
+    with torch.inference_mode():
+        predictions = subject.model(adversarials[broken].to(device)).argmax(1)
+    tensors = {
+        "index": broken,
+        "label": torch.from_numpy(rows["label"].to_numpy()[chosen]),
+        "prediction": torch.from_numpy(rows["prediction"].to_numpy()[chosen]),
+        "adversarial_prediction": predictions,
+        "images": (images[broken] * 255).round().to(torch.uint8),
+        "adversarials": adversarials[broken],
+        "norm": torch.from_numpy(norm[chosen]),
+    }
+    checkpoints.write_tensors(path, tensors)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """The per-image rows as written; floats round-trip exactly."""
+    try:
+        rows = pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete it and certify again") from error
+    if "certified_radius" not in rows:
+        raise UserError(f"{path} has no column certified_radius; delete it and certify again")
+    return rows
+
+
+def _write(subject: Subject, rows: pd.DataFrame, record: dict[str, Any]) -> None:
+    checkpoints.write_text(subject.rows_file, rows.to_csv(index=False, lineterminator="\n"))
+    checkpoints.write_json(subject.record_file, record)
+
+
+def _shown_on(bar: Any, title: str) -> Callable[[str, int, int], None]:
+    """A progress callback for a sweep: the bar follows the attack that runs."""
+
+    def show(text: str, done: int, total: int) -> None:
+        bar.set_description(f"{title} · {text}", refresh=False)
+        bar.total, bar.n = total, done
+        bar.refresh()
+
+    return show

@@ -117,7 +117,8 @@ def train(
     pixels = fingerprint(images)
     for config in experiment.models:
         if only in (None, config.name):
-            train_model(config, out / "models" / config.name, images, seed=experiment.seed, device=device, pixels=pixels)
+            folder = out / "models" / config.name
+            train_model(config, folder, images, seed=experiment.seed, device=device, pixels=pixels)
 
 
 def train_model(

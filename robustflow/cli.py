@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 import attacks
 from robustflow import bench, config, data, environment, evaluation, networks
 from robustflow.config import Experiment
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train the models of a config that are not finished"),
     ):
         sub = add(name, command, text)
-        sub.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of a config (see `robustflow list`)")
+        sub.add_argument("config", metavar="CONFIG", help="a TOML file, or a name that `robustflow list` shows")
         sub.add_argument("--out", type=Path, help="output directory (default: runs/CONFIG)")
         sub.add_argument("--seed", type=_seed, help="instead of the config's seed")
         _add_machine(sub)
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="only this model of the config")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory (default: $ROBUSTFLOW_DATA, or a cache)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory (or $ROBUSTFLOW_DATA, or a cache)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
@@ -147,7 +149,7 @@ def _report(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     sections: dict[str, Callable[[], Iterator[str]]] = {
         "models": lambda: (f"{name:15} {text}" for name, text in networks.list_models().items()),
-        "attacks": lambda: iter(attacks.describe().splitlines()),
+        "attacks": lambda: iter(pd.DataFrame(attacks.describe()).to_string(index=False).splitlines()),
         "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
         "configs": lambda: (f"{name:15} {path}" for name, path in config.list_configs().items()),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from fractions import Fraction
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,7 @@ class TrainConfig(Strict):
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
-    loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset"))
+    loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset", offset=0.3, temperature=0.25))
     optimizer: Literal["sgd", "nadam", "muon"] = "muon"
     learning_rate: float = Field(3e-3, gt=0)
     muon_learning_rate: float = Field(0.02, gt=0)
@@ -125,7 +126,7 @@ class EvaluateConfig(Strict):
     @field_validator("epsilons")
     @classmethod
     def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(later <= earlier for earlier, later in zip(value, value[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(value)):
             raise ValueError("the radii must increase, without duplicates")
         return value
 
@@ -227,9 +228,11 @@ def _first_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}"
+    if first["type"] == "missing":
+        return f"{key}: missing"
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{key}: {message[0].lower()}{message[1:]} (got {shown})" if first["type"] != "missing" else f"{key}: missing"
+    return f"{key}: {message[0].lower()}{message[1:]} (got {shown})"
 
 
 def config_directory() -> Path:

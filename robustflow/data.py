@@ -1,8 +1,8 @@
 """Image sets as uint8 arrays, their splits, and augmentation in batches on the device.
 
 Where an image comes from: `load` finds the arrays in a directory or downloads them, `Split` holds them as uint8
-(N, H, W, C) on the device, `images` turns a batch into floats in [0, 1] (N, C, H, W). Nothing is normalised here: that is
-part of a model, so that radii are in pixels.
+(N, H, W, C) on the device, `images` turns a batch into floats in [0, 1] (N, C, H, W). Nothing is normalised here: that
+is part of a model, so that radii are in pixels.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _cifar(name: str, classes: int) -> Callable[[Path | str | None], Arrays]:
 
 
 def data_directory(directory: Path | str | None) -> Path:
-    """``directory``, else $ROBUSTFLOW_DATA, else the user's cache directory (made if missing; the others must exist)."""
+    """``directory``, else $ROBUSTFLOW_DATA, else the user's cache directory, which alone is made if missing."""
     chosen = directory or os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen is None:
         cache = Path(platformdirs.user_cache_dir("robustflow", appauthor=False)) / "data"

@@ -266,11 +266,14 @@ def _write_examples(subject: Subject, rows: pd.DataFrame, images: Tensor, advers
 def read_rows(path: Path) -> pd.DataFrame:
     """The per-image rows as written; floats round-trip exactly."""
     try:
-        rows = pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # Converted by Python: exact for every float, whatever the parser of this pandas rounds.
+        kinds: dict[str, type] = {"index": int, "label": int, "prediction": int, "certified_radius": float}
+        rows = rows.assign(**{name: [kind(cell) for cell in rows[name]] for name, kind in kinds.items()})
+    except KeyError as error:
+        raise UserError(f"{path} has no column {error}; delete it and certify again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete it and certify again") from error
-    if "certified_radius" not in rows:
-        raise UserError(f"{path} has no column certified_radius; delete it and certify again")
     return rows
 
 

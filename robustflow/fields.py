@@ -19,8 +19,8 @@ def leaky_relu(x: Tensor, slope: float) -> Tensor:
 class GradientField(nn.Module):
     """F(x) = s·Aᵀσ(Ax + b), σ a leaky ReLU of slope a: the gradient field of a convex potential, up or down.
 
-    ``sign = -1`` is the negative gradient: its flow brings points closer ("contractive"). ``sign = +1`` is the gradient:
-    its flow drives them apart ("expansive"). Source: Celledoni et al., arXiv 2210.02373, section 3.
+    ``sign = -1`` is the negative gradient: its flow brings points closer ("contractive"). ``sign = +1`` is the
+    gradient: its flow drives them apart ("expansive"). Source: Celledoni et al., arXiv 2210.02373, section 3.
 
     Shape: (B, C, H, W) → (B, C, H, W).
 

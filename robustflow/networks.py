@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ from robustflow.regimes import REGIMES, BlockShape, balance_signed_steps_
 from robustflow.steps import EulerStep
 
 RESNET = "resnet"
+
+
+@runtime_checkable
+class Constrained(Protocol):
+    """A layer that can bring itself back to its constraint set."""
+
+    def constrain_(self, *, exact: bool = False) -> None: ...
 
 
 class Normalize(nn.Module):
@@ -66,7 +74,7 @@ class Classifier(nn.Module):
     def constrain_(self, *, exact: bool = False) -> None:
         """Bring every weight and step size back to its regime's constraint set; ``exact`` once training is done."""
         for module in self.modules():
-            if module is not self and hasattr(module, "constrain_"):
+            if module is not self and isinstance(module, Constrained):
                 module.constrain_(exact=exact)
         if self.regime in REGIMES and REGIMES[self.regime].balanced:
             balance_signed_steps_(module for module in self.modules() if isinstance(module, EulerStep))
@@ -139,7 +147,7 @@ def create_model(
         if value not in ("convolution", "patch"):
             raise UserError(f"{option} must be 'convolution' or 'patch', not {value!r}")
     if layers % REGIMES[regime].layers_per_unit or dense_layers % REGIMES[regime].layers_per_unit:
-        raise UserError(f"{regime} works in pairs: layers and dense_layers must be even, not {layers} and {dense_layers}")
+        raise UserError(f"{regime} works in pairs: layers ({layers}) and dense_layers ({dense_layers}) must be even")
 
     constrained = REGIMES[regime].constrained
     if not constrained and (lift == "patch" or kernel == "patch" or dense):

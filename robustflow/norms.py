@@ -72,9 +72,9 @@ def singular_value_bounds(matrix: Tensor) -> tuple[float, float]:
     matrix, scale = normalised(materialised(matrix))
     values = torch.linalg.svdvals(matrix)
     margin = inflation(max(matrix.shape), min(matrix.shape))
-    upper = float(values[0]) * (1 + margin) * scale
+    upper = up(float(values[0]) * (1 + margin), scale)
     lower = float(values[-1]) - margin * float(values[0]) if matrix.shape[0] >= matrix.shape[1] else 0.0
-    return max(0.0, math.nextafter(lower * scale, 0.0)) if lower > 0 else 0.0, up(upper)
+    return max(0.0, math.nextafter(lower * scale, 0.0)) if lower > 0 else 0.0, upper
 
 
 @_content_cache
@@ -138,7 +138,7 @@ def conv2d_norm(
     )
     strides = pair(stride)
     margin = inflation(weight.shape[1] * strides[0] * strides[1], weight.shape[0] // groups)
-    return up(bound * (1 + margin) * scale)
+    return up(bound * (1 + margin), scale)
 
 
 @_content_cache
@@ -163,7 +163,7 @@ def conv2d_norm_any_size(
     weight, scale = normalised(weight)
     parts = grouped(weight, groups)
     bound = max(largest_norm(symbols(part, (torus[0], torus[1]), stride, dilations)) for part in parts) / slack
-    return up(bound * (1 + inflation(weight.shape[1] * strides[0] * strides[1], weight.shape[0])) * scale)
+    return up(bound * (1 + inflation(weight.shape[1] * strides[0] * strides[1], weight.shape[0])), scale)
 
 
 @_content_cache

@@ -75,8 +75,8 @@ class Convolution(nn.Module):
 class PatchConvolution(nn.Module):
     """A matrix W with orthonormal rows (or columns, if tall) on disjoint p × p patches, optionally on a shifted grid.
 
-    Kernel = stride = p, so that no two patches overlap: the layer's singular values are those of the small matrix, and W
-    orthogonal makes the layer orthogonal, borders included. (A zero-padded convolution is never orthogonal.) Shifting
+    Kernel = stride = p, so that no two patches overlap: the layer's singular values are those of the small matrix, and
+    W orthogonal makes the layer orthogonal, borders included. (A zero-padded convolution is never orthogonal.) Shifting
     the grid between layers by `torch.roll`, itself an isometry, lets patches talk to each other.
 
     Shape: (B, in_channels, H, W) → (B, out_channels, H/p, W/p), H and W multiples of p; `adjoint` goes back.

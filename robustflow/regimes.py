@@ -9,7 +9,7 @@
 | sharp | the same pair, h learned | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
 | flexible | x − h Aᵀσ(Ax + b), h of either sign | the product of all layers' constants ≤ 1, AᵀA = I |
 
-σ is a leaky ReLU with slopes in [a, 1], a = ½ in the last three. The first five are the classifiers of Celledoni et al.,
+σ is a leaky ReLU with slopes in [a, 1], a = ½ in the last three. All but one are the classifiers of Celledoni et al.,
 arXiv 2210.02373; *sharp* replaces their bound of the contractive step by its exact constant. All three of the last
 regimes need AᵀA = I exactly: with only ‖A‖ ≤ 1 a contractive step need not contract at all (a direction with Ax = 0
 stays as it is), and the expansion before it is then not made up for. Hence they use patch kernels for A.
@@ -60,19 +60,29 @@ class Pair(nn.Sequential):
     Shape: (B, C, H, W) → (B, C, H, W).
     """
 
-    def __init__(self, expansive: EulerStep, contractive: EulerStep, contraction: Callable[[float, float], float]) -> None:
+    def __init__(
+        self, expansive: EulerStep, contractive: EulerStep, contraction: Callable[[float, float], float]
+    ) -> None:
         super().__init__(expansive, contractive)
-        self.contraction = contraction
+        self._contraction = contraction
         self.constrain_()
+
+    @property
+    def step_sizes(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """(h_E, h_C)."""
+        expansive, contractive = self
+        assert isinstance(expansive, EulerStep)
+        assert isinstance(contractive, EulerStep)
+        return expansive.step_size, contractive.step_size
 
     @torch.no_grad()
     def constrain_(self, *, exact: bool = False) -> None:
         """Clamp h_C to [0, 4/3] and then h_E to what the inequality leaves."""
-        expansive, contractive = self[0].step_size, self[1].step_size
+        expansive, contractive = self.step_sizes
         h = min(max(float(contractive), 0.0), 4 / 3)
         contractive.fill_(h)
         # Where the bound is not below 1 there is nothing to make up for: no expansion.
-        room = 1 / self.contraction(float(contractive), PAIR_SLOPE) - 1
+        room = 1 / self._contraction(float(contractive), PAIR_SLOPE) - 1
         expansive.clamp_(0.0, max(room, 0.0) * (1 - _ROUNDING))
 
 
@@ -104,7 +114,7 @@ def balance_signed_steps_(steps: Iterable[EulerStep]) -> None:
 
 @torch.no_grad()
 def nominal_constant(model: nn.Module) -> float:
-    """Π of the exact constants of all gradient steps, taking every kernel to have norm 1 and AᵀA = I where slopes are > 0.
+    """Π of the exact constants of all gradient steps, taking every kernel to have norm 1 and, with slopes > 0, AᵀA = I.
 
     What the steps contract at least: 1 for most regimes, 0.866 a pair in *prescribed*, whose inequality is not tight.
     Training divides logits by it, so that a margin in the loss means the same distance in every regime. It is no bound

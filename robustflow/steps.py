@@ -13,8 +13,9 @@ Field = GradientField | TwoKernelField
 class EulerStep(nn.Module):
     """x + h F(x), explicit Euler with a step size that the network learns within an interval.
 
-    With a contractive `GradientField` this is x − h_C Aᵀσ(Ax + b), with an expansive one x + h_E Wᵀσ(Wx + v); a negative
-    h exchanges the two. ``interval`` is kept by `constrain_`; ``None`` leaves h as it is, and ``learned=False`` fixes it.
+    With a contractive `GradientField` this is x − h_C Aᵀσ(Ax + b), with an expansive one x + h_E Wᵀσ(Wx + v); a
+    negative h exchanges the two. ``interval`` is kept by `constrain_`; ``None`` leaves h as it is, and
+    ``learned=False`` fixes it.
 
     Shape: that of the field.
 

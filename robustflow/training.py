@@ -181,9 +181,8 @@ class Training:
 
     def _step(self, batch: Tensor) -> None:
         config, labels = self.config, self.data.labels[batch]
-        pixels = augment(
-            self.data.pixels[batch], crop=config.crop, flip=config.flip, generator=self._generator(self.progress.step, 1)
-        )
+        drawn = self._generator(self.progress.step, 1)
+        pixels = augment(self.data.pixels[batch], crop=config.crop, flip=config.flip, generator=drawn)
         with self._autocast():
             logits = self.model(to_float(pixels))
         share = self.progress.step / self.total

@@ -1,0 +1,209 @@
+"""summary.json: every figure of a benchmark, counted from the per-image rows and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from robustflow.records import Card
+from robustflow.results import Benchmark, Evaluation, Verdicts
+from robustflow.statistics import Rate, paired_difference
+
+SCHEMA_VERSION = 1
+REFERENCE = 0.5  # the ε at which models are compared pairwise: the grid's value nearest to it
+
+
+def summarize(benchmark: Benchmark) -> dict[str, Any]:
+    """The content of summary.json as plain lists, dicts, numbers and strings; NaN and ±inf become null."""
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "name": benchmark.config.get("name"),
+        "title": benchmark.config.get("title"),
+        "command": benchmark.config.get("command"),
+        "models": [_model(card, benchmark) for card in benchmark.cards],
+        "evaluations": [_evaluation(evaluation) for evaluation in benchmark.evaluations],
+        "environment": _environment(benchmark.cards),
+        "notes": _notes(benchmark),
+    }
+    return _plain(summary)
+
+
+def to_json(summary: dict[str, Any]) -> str:
+    return json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def area(epsilons: list[float], values: list[float]) -> float | None:
+    """Area under a robust-accuracy curve over ε in [0, 1] by the trapezoid rule on the grid points of that interval.
+
+    This is the figure of Celledoni et al., arXiv 2210.02373. None where fewer than two grid points lie in [0, 1].
+
+    >>> area([0.0, 0.5, 1.0, 2.0], [0.8, 0.4, 0.2, 0.0])
+    0.45
+    """
+    points = [(e, v) for e, v in zip(epsilons, values, strict=True) if 0.0 <= e <= 1.0]
+    if len(points) < 2:
+        return None
+    return round(sum((b - a) * (u + v) / 2 for (a, u), (b, v) in pairwise(points)), 10)
+
+
+def _model(card: Card, benchmark: Benchmark) -> dict[str, Any]:
+    seen = [m for e in benchmark.evaluations for m in e.models if m.name == card.name]
+    bounds = [m.card.lipschitz_bound for m in seen if m.card.lipschitz_bound is not None]
+    bounds = [bound for bound in bounds if math.isfinite(bound)]
+    return {
+        "name": card.name,
+        "regime": card.regime,
+        "description": card.description,
+        "parameters": card.parameters,
+        "multiply_adds": card.multiply_adds,
+        # The same weights give the same bound in every evaluation; were they to differ, the larger one is the safe one.
+        "lipschitz_bound": max(bounds, default=None),
+        "config": card.config,
+        "seed": card.seed,
+        "seconds": {
+            "train": card.seconds.train,
+            "certify": sum(m.card.seconds.certify for m in seen),
+            "attack": sum(m.card.seconds.attack or 0.0 for m in seen),
+        },
+        "data": card.data,
+        "sha256": card.sha256,
+        "environment": card.environment,
+        "training": _training(card.name, benchmark),
+    }
+
+
+def _training(name: str, benchmark: Benchmark) -> dict[str, Any] | None:
+    if name not in benchmark.logs:
+        return None
+    last = benchmark.logs[name].iloc[-1]
+    keys = ("epoch", "loss", "train_accuracy", "validation_accuracy")
+    return {"epochs": len(benchmark.logs[name]), "last": {key: last[key] for key in keys}}
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    inside = [e for e in evaluation.epsilons if 0.0 <= e <= 1.0]
+    return {
+        "folder": evaluation.folder,
+        "dataset": evaluation.card.dataset,
+        "split": evaluation.card.split,
+        "n": evaluation.card.n,
+        "epsilons": evaluation.epsilons,
+        "attack_sets": evaluation.card.attack_sets,
+        "area_over": [inside[0], inside[-1]] if len(inside) > 1 else None,
+        "models": [_figures(model, evaluation) for model in evaluation.models],
+        "paired": _paired(evaluation),
+    }
+
+
+def _figures(model: Verdicts, evaluation: Evaluation) -> dict[str, Any]:
+    grid = evaluation.epsilons
+    certified = [model.certified(e) for e in grid]
+    attacked = [model.attacked(e) for e in grid]
+    broken = [model.norms() <= e for e in grid]
+    alarms = model.alarms()
+    curves = {
+        "certified": _curve(grid, certified),
+        "attacked": _curve(grid, attacked),
+        "undecided": _curve(grid, [~c & ~b for c, b in zip(certified, broken, strict=True)]),
+        "broken": _curve(grid, broken),
+    }
+    by_set = {s: _curve(grid, [model.attacked(e, s) for e in grid]) for s in evaluation.card.attack_sets}
+    return {
+        "name": model.name,
+        "clean": Rate(int(model.correct.sum()), len(model.rows)).as_dict(),
+        **curves,
+        "attacked_by_set": by_set,
+        "area": {
+            "certified": area(grid, [point["value"] for point in curves["certified"]]),
+            "attacked": area(grid, [point["value"] for point in curves["attacked"]]),
+            "attacked_by_set": {s: area(grid, [point["value"] for point in curve]) for s, curve in by_set.items()},
+        },
+        # Over all n images; a wrong prediction has radius 0.
+        "certified_radius": {
+            "median": float(np.median(model.radii)),
+            "mean": round(float(np.mean(model.radii)), 10),
+            "largest": float(model.radii.max()),
+        },
+        "broken_by": _broken_by(model, grid),
+        "lipschitz_bound": model.card.lipschitz_bound,
+        "certified_object": model.card.certified_object,
+        "account": [layer.model_dump() for layer in model.card.account],
+        "falsifier": model.card.falsifier,
+        "forward_passes": model.card.forward_passes,
+        "seconds": model.card.seconds.model_dump(),
+        "warnings": model.card.warnings,
+        "alarm_count": len(alarms),
+        "alarms": [alarm.model_dump() for alarm in alarms],
+        "environment": model.card.environment,
+    }
+
+
+def _curve(grid: list[float], masks: list[np.ndarray]) -> list[dict[str, Any]]:
+    return [{"epsilon": e, **Rate(int(m.sum()), m.size).as_dict()} for e, m in zip(grid, masks, strict=True)]
+
+
+def _broken_by(model: Verdicts, grid: list[float]) -> list[dict[str, Any]]:
+    """For each attack: on how many images it found the smallest adversarial, in all and with norm ≤ each ε."""
+    norms, names = model.norms(), model.rows["attack"].to_numpy()
+    found = model.correct & np.isfinite(norms)
+    counts = Counter(str(name) for name in names[found])
+    return [
+        {"attack": name, "images": images, "at": [int((found & (names == name) & (norms <= e)).sum()) for e in grid]}
+        for name, images in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _paired(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Each model against the one with the most certified images at the reference ε, on the same images (McNemar)."""
+    if len(evaluation.models) < 2:
+        return None
+    epsilon = min((e for e in evaluation.epsilons if e > 0), key=lambda e: abs(e - REFERENCE), default=0.0)
+    best = max(evaluation.models, key=lambda m: int(m.certified(epsilon).sum()))
+    others = [m for m in evaluation.models if m is not best]
+    return {
+        "epsilon": epsilon,
+        "best": best.name,
+        "others": [
+            {
+                "name": other.name,
+                "clean": paired_difference(best.correct, other.correct).as_dict(),
+                "certified": paired_difference(best.certified(epsilon), other.certified(epsilon)).as_dict(),
+                "attacked": paired_difference(best.attacked(epsilon), other.attacked(epsilon)).as_dict(),
+            }
+            for other in others
+        ],
+    }
+
+
+def _environment(cards: list[Card]) -> dict[str, Any]:
+    """The first model's environment; "mixed" tells where another model was trained with other versions or elsewhere."""
+    keys = ("versions", "device", "cpu", "revision")
+    first = {"versions": {}, "device": None, "revision": None} | cards[0].environment
+    mixed = [key for key in keys if any(card.environment.get(key) != cards[0].environment.get(key) for card in cards)]
+    return {**first, "mixed": mixed}
+
+
+def _notes(benchmark: Benchmark) -> list[str]:
+    untold = [card.name for card in benchmark.cards if card.name not in benchmark.logs]
+    notes = [f"{name}: no train.jsonl, so no training curve" for name in untold]
+    for evaluation in benchmark.evaluations:
+        missing = [m.name for m in evaluation.models if m.examples is None]
+        notes += [f"{evaluation.folder}: {name}: no examples, so no images" for name in missing]
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -77,10 +77,11 @@ class Pair(nn.Sequential):
 
     @torch.no_grad()
     def constrain_(self, *, exact: bool = False) -> None:
-        """Clamp h_C to [0, 4/3] and then h_E to what the inequality leaves."""
+        """Clamp h_C to [0, 4/3], or to where it does not expand, and then h_E to what the inequality leaves."""
         expansive, contractive = self.step_sizes
         h = min(max(float(contractive), 0.0), 4 / 3)
-        contractive.fill_(h)
+        # The paper's bound exceeds 1 beyond h = 2a, where no expansion could bring the product back to 1.
+        contractive.fill_(2 * PAIR_SLOPE if self._contraction(h, PAIR_SLOPE) > 1 else h)
         # Where the bound is not below 1 there is nothing to make up for: no expansion.
         room = 1 / self._contraction(float(contractive), PAIR_SLOPE) - 1
         expansive.clamp_(0.0, max(room, 0.0) * (1 - _ROUNDING))

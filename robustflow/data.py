@@ -188,7 +188,7 @@ def _cifar(name: str, classes: int) -> Callable[[Path | str | None], Arrays]:
 def data_directory(directory: Path | str | None) -> Path:
     """``directory``, else $ROBUSTFLOW_DATA, else the user's cache directory, which alone is made if missing."""
     chosen = directory or os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen is None:
+    if not chosen:
         cache = Path(platformdirs.user_cache_dir("robustflow", appauthor=False)) / "data"
         cache.mkdir(parents=True, exist_ok=True)
         return cache
@@ -200,7 +200,8 @@ def data_directory(directory: Path | str | None) -> Path:
 
 def _read_arrays(path: Path, classes: int, class_names: tuple[str, ...]) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves a file open that it cannot read.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
             if missing:
                 raise UserError(f"{path} has no array {', '.join(sorted(missing))}")

@@ -84,9 +84,7 @@ def draw_areas(figures: dict[str, Any], places: dict[str, int], about: str) -> F
     ax.set_xlim(0, widest * 1.24 or 1)
     ax.grid(axis="y", visible=False)
     low, high = figures["area_over"]
-    ax.set_xlabel(
-        f"area under accuracy (0 to 1) against ε from {epsilon_label(low)} to {epsilon_label(high)}, trapezoid rule"
-    )
+    ax.set_xlabel(f"area under accuracy (0 to 1) against ε from {epsilon_label(low)} to {epsilon_label(high)}")
     ticks = f"  |  line: attacked by {sets[0]} alone" if len(sets) > 1 else ""
     ax.set_title(f"certified (dark)  |  attacked (light){ticks}", weight="normal")
     figure.suptitle(about, fontsize=9, color="#555555")

@@ -94,6 +94,8 @@ def balance_signed_steps_(steps: Iterable[EulerStep]) -> None:
     All steps must have AᵀA = I. The contracting steps are left alone; the factor on the others is found by bisection.
     """
     signed = list(steps)
+    if not signed:
+        return
     sizes = torch.stack([step.step_size.detach().double() for step in signed]).clamp(-2.0, 2.0)
     slopes = torch.tensor([step.field.slope for step in signed], dtype=torch.float64)
     sizes = sizes.cpu()

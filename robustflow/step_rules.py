@@ -79,19 +79,19 @@ def _step(h: float, field: nn.Module, shape: Shape, keep: float) -> tuple[str, f
         signed = h * field.sign / keep
         if signed >= 0:
             constant = 1 + signed * largest**2
-            formula = f"1 + hσ² with h = {signed:.6g}, σ ≤ {largest:.6g}"
+            formula = f"1 + hσ² with h = {signed:.6g}, σ ≤ {largest:.9g}"
         else:
             smallest = smallest_singular_value(field.operator, shape) if field.slope > 0 else 0.0
             constant = contractive_constant(-signed, field.slope, smallest, largest)
             formula = (
                 f"max(1 − haσ_min², hσ² − 1) with h = {-signed:.6g}, a = {field.slope:.6g}, "
-                f"σ_min ≥ {smallest:.6g}, σ ≤ {largest:.6g}"
+                f"σ_min ≥ {smallest:.9g}, σ ≤ {largest:.9g}"
             )
         rounding = 16 * norms.UNIT * (1 + abs(signed) * largest**2)
     elif isinstance(field, TwoKernelField):
         inner, outer = largest_singular_value(field.inner, shape), largest_singular_value(field.outer, shape)
         constant = 1 + abs(h) / keep * inner * outer
-        formula = f"1 + |h|·σ(A)·σ(B) with h = {h / keep:.6g}, σ(A) ≤ {inner:.6g}, σ(B) ≤ {outer:.6g}"
+        formula = f"1 + |h|·σ(A)·σ(B) with h = {h / keep:.6g}, σ(A) ≤ {inner:.9g}, σ(B) ≤ {outer:.9g}"
         rounding = 16 * norms.UNIT * constant
     else:
         raise UserError(f"{type(field).__name__} has no Lipschitz rule as a field: use GradientField or TwoKernelField")

@@ -72,7 +72,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         parts.append(f"## {_cell(evaluation['dataset'])}, {_cell(evaluation['split'])}: n = {n} images")
         parts.append(
             "Accuracies in percent of the n images, with 95 % Wilson intervals. ε bounds the L2 norm of the change,"
-            " pixels in [0, 1]; an area is that under accuracy (0 to 1) against ε on the grid's part of [0, 1]."
+            " pixels in [0, 1]; an area is that under accuracy (0 to 1) against ε up to 1 or the largest ε."
             f" Attack sets: {_cell(', '.join(evaluation['attack_sets']))}."
         )
         head = ["model", "regime", "clean", "area certified", "area attacked", "bound L", "parameters"]

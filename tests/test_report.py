@@ -229,4 +229,4 @@ def test_one_model_one_set_no_log_no_examples(make_benchmark: Callable[..., Path
     assert "no train.jsonl" in text
     assert "no examples" in text
     row = json.loads((out / "summary.json").read_text())["evaluations"][0]["models"][0]
-    assert row["area"]["certified"] is None
+    assert row["area"]["certified"] <= row["area"]["attacked"] <= 0.25

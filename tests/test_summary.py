@@ -45,8 +45,8 @@ def test_counts_are_those_made_by_hand(summary: dict[str, Any]) -> None:
 
 def test_areas_and_radii_by_hand(summary: dict[str, Any]) -> None:
     row = summary["evaluations"][0]["models"][0]
-    assert row["area"]["certified"] == pytest.approx(0.375)  # ½·(½·5/8 + 3/8 + ½·1/8)
-    assert row["area"]["attacked"] == pytest.approx(0.5)
+    assert row["area"]["certified"] == pytest.approx(2.9 / 8)  # 1 + .5 + .6 + .1 + .7: radii cut at 1
+    assert row["area"]["attacked"] == pytest.approx(4.6 / 8)  # 1 + 1 + .8 + .5 + .3 + 1
     assert row["certified_radius"]["median"] == pytest.approx(0.3)  # a wrong prediction's radius of 0.9 counts as 0
     assert row["certified_radius"]["mean"] == pytest.approx(3.1 / 8)
 

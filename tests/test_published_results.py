@@ -1,0 +1,49 @@
+"""The committed results can be derived again: reports from rows, and radii from checkpoints (where the data is)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robustflow import bench, certify, data
+from robustflow.evaluation import read_rows
+from robustflow.report import build_report
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+DIRECTORIES = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
+HAS_CIFAR = (Path(os.environ.get(data.ENVIRONMENT_VARIABLE) or "nowhere") / "cifar10.npz").exists()
+
+pytestmark = pytest.mark.skipif(not DIRECTORIES, reason="no committed results beside the tests (not a checkout)")
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
+def test_report_rebuilds_every_table_byte_for_byte(directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / directory.name
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("table.*", "summary.json", "report.html", "plots"))
+    build_report(copy)
+    for name in ("summary.json", "table.md", "table.csv"):
+        assert (copy / name).read_bytes() == (directory / name).read_bytes(), name
+    assert {path.name for path in (copy / "plots").iterdir()} == {path.name for path in (directory / "plots").iterdir()}
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
+def test_checkpoints_give_the_committed_radii(directory: Path) -> None:
+    experiment, _ = bench.read_directory(directory)
+    if experiment.dataset != "digits" and not HAS_CIFAR:
+        pytest.skip("CIFAR-10 is not here: set ROBUSTFLOW_DATA to a directory with cifar10.npz")
+    images = bench.load_data(experiment, None)
+    count = 40
+    for config in experiment.models:
+        model = bench.load_model(config, images, directory / "models" / config.name)
+        for split_name in experiment.evaluate.splits:
+            split = images.splits[split_name].head(count)
+            rows = read_rows(directory / "evaluations" / f"{images.name}-{split_name}" / f"{config.name}.csv")
+            certificate = certify(model, split.images(), split.labels)
+            committed = rows["certified_radius"].to_numpy()[:count]
+            assert np.allclose(certificate.radii, committed, rtol=0, atol=1e-6), config.name
+            assert (torch.from_numpy(rows["label"].to_numpy()[:count]) == split.labels).all()

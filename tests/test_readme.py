@@ -1,0 +1,49 @@
+"""What the README promises: its example runs, its tables are lines of the committed results, its files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from robustflow import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="no README beside the tests (not a checkout)")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "certified" in capsys.readouterr().out
+
+
+def test_every_command_is_one_that_the_parser_knows() -> None:
+    pattern = r"(?<![\w.-])robustflow ((?:bench|train|certify|attack|report|list)\b[^\n`#|&]*)"
+    commands = re.findall(pattern, README.read_text(encoding="utf-8"))
+    assert len(commands) >= 6
+    for command in commands:
+        cli._parser().parse_args(command.split())
+
+
+def test_tables_are_lines_of_the_committed_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    quoted = re.findall(r"<!-- from (results/\S+) -->\n(.*?)<!-- end -->", text, flags=re.S)
+    assert quoted
+    for source, lines in quoted:
+        committed = (ROOT / source).read_text(encoding="utf-8").splitlines()
+        for line in filter(None, lines.splitlines()):
+            assert line in committed, f"{line!r} is not a line of {source}"
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

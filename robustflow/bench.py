@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,24 @@ from robustflow.bounds import account
 from robustflow.config import Experiment, ModelConfig
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
+from robustflow.falsifier import lower_estimates
 from robustflow.networks import Classifier
-from robustflow.training import STATE, WEIGHTS, Training
+from robustflow.training import STATE, WEIGHTS, Training, check_state
 
 CONFIG, CARD = "config.json", "card.json"
 
 
-def open_directory(out: Path, experiment: Experiment, name: str) -> None:
+def open_directory(out: Path, experiment: Experiment, name: str, images: ImageSet) -> None:
     """Make the output directory and note the experiment in it.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be written, or holds a model of another config, whose note then stays.
     """
+    pixels = fingerprint(images)
+    for config in experiment.models:
+        folder, identity = out / "models" / config.name, _identity(config, experiment.seed, pixels)
+        if not is_finished(folder, identity) and (folder / STATE).is_file():
+            check_state(folder / STATE, identity)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,19 +126,33 @@ def train(
             train_model(config, folder, images, seed=experiment.seed, device=device, pixels=pixels)
 
 
+def _identity(config: ModelConfig, seed: int, pixels: str) -> str:
+    # Without defaults, so that an option added later does not disown the models of before.
+    decisive = config.model_dump(mode="json", exclude_defaults=True, exclude={"train": {"checkpoint_seconds"}})
+    return hashlib.sha256(json.dumps([decisive, seed, pixels], sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(folder: Path, identity: str) -> bool:
+    """Whether the model is trained.
+
+    Raises:
+        UserError: it is, but with another config, seed or data.
+    """
+    if not (folder / CARD).is_file():
+        return False
+    if read_card(folder).get("identity") != identity:
+        raise UserError(
+            f"{folder} holds a model that was trained with another config, seed or data: choose another --out, or "
+            "delete that directory"
+        )
+    return True
+
+
 def train_model(
     config: ModelConfig, folder: Path, images: ImageSet, *, seed: int, device: torch.device, pixels: str
 ) -> None:
-    resolved = config.model_dump(mode="json")
-    # Without defaults, so that an option added later does not disown the models of before.
-    decisive = config.model_dump(mode="json", exclude_defaults=True, exclude={"train": {"checkpoint_seconds"}})
-    identity = hashlib.sha256(json.dumps([decisive, seed, pixels], sort_keys=True).encode()).hexdigest()
-    if (folder / CARD).is_file():
-        if read_card(folder).get("identity") != identity:
-            raise UserError(
-                f"{folder} holds a model that was trained with another config, seed or data: choose another --out, or "
-                "delete that directory"
-            )
+    identity = _identity(config, seed, pixels)
+    if is_finished(folder, identity):
         return
     torch.manual_seed(seed)
     model = build_model(config, images)
@@ -146,7 +165,7 @@ def train_model(
         "description": networks.list_models()[config.regime],
         "parameters": networks.parameter_count(model),
         "multiply_adds": networks.multiply_adds(model),
-        "config": resolved,
+        "config": config.model_dump(mode="json"),
         "seed": seed,
         "seconds": {"train": round(seconds, 3)},
         "environment": environment.describe(device),
@@ -179,14 +198,26 @@ def _subjects(
                 yield config, evaluation.Subject(config.name, model, read_card(home)["sha256"], split, folder)
 
 
-def certify(experiment: Experiment, out: Path, images: ImageSet, *, only: str | None = None) -> list[str]:
-    """Certify every model on every split. Returns the readable account of each bound."""
+def certify(
+    experiment: Experiment, out: Path, images: ImageSet, *, only: str | None = None, explain: bool = False
+) -> list[str]:
+    """Certify every model on every split. Returns, if asked to explain, the readable account of each bound."""
     accounts = []
     for config, subject in _subjects(experiment, out, images, only):
         evaluation.certify_subject(subject, batch_size=experiment.evaluate.batch_size)
-        text = account(subject.model, subject.model.input_shape).explain()
-        accounts.append(f"{config.name} on {subject.folder.name}\n{text}\n")
+        if explain:
+            audit = account(subject.model, subject.model.input_shape)
+            text = audit.explain(lower_estimates(subject.model, subject.split.head(4).images(), audit))
+            accounts.append(f"{config.name} on {subject.folder.name}\n{text}\n")
     return accounts
+
+
+def locate(target: Path) -> tuple[Path, str | None]:
+    """(output directory, model) of a path that names an output directory, or one of its models as OUT/models/NAME."""
+    resolved = target.resolve()
+    if resolved.parent.name == "models" and (resolved / CARD).is_file():
+        return resolved.parents[1], resolved.name
+    return target, None
 
 
 def attack(
@@ -200,12 +231,17 @@ def attack(
     return alarms
 
 
+def unfinished(experiment: Experiment, out: Path) -> list[str]:
+    """The models that no report can show yet: not trained, or not attacked on every split."""
+
+    def attacked(name: str) -> bool:
+        folders = [f"{experiment.dataset}-{split}" for split in experiment.evaluate.splits]
+        records = [out / "evaluations" / folder / f"{name}.json" for folder in folders]
+        return all(path.is_file() and "attack_identity" in checkpoints.read_json(path) for path in records)
+
+    trained = [model.name for model in experiment.models if (out / "models" / model.name / CARD).is_file()]
+    return [model.name for model in experiment.models if model.name not in trained or not attacked(model.name)]
+
+
 def load_data(experiment: Experiment, directory: Path | None) -> ImageSet:
     return data.load(experiment.dataset, directory)
-
-
-def check_space(out: Path, needed_bytes: int = 50_000_000) -> None:
-    """Long work should not start where its result cannot be stored."""
-    free = shutil.disk_usage(out).free
-    if free < needed_bytes:
-        raise UserError(f"only {free // 1_000_000} MB are free at {out}: a benchmark needs about 50 MB")

@@ -6,7 +6,8 @@ linear map next to them, two steps with the same kernel are taken together, the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -161,15 +162,27 @@ class Account:
     def lipschitz(self) -> float:
         return _product(list(self.layers))
 
-    def explain(self) -> str:
-        """A table to read: layer, kind, bound, running product, formula; the branches of a residual indented below."""
-        rows = [("layer", "kind", "bound", "product", "formula")]
+    def explain(self, reached: Mapping[str, float] | None = None) -> str:
+        """A table to read: layer, kind, bound, running product, formula; the branches of a residual indented below.
+
+        With ``reached``, lower estimates of the true constants by layer ("" is the whole), also what the bounds lose.
+        """
+        extra = [] if reached is None else ["reached", "tightness"]
+        rows = [["layer", "kind", "bound", "product", *extra, "formula"]]
         for layer, product in zip(self.layers, self.products, strict=True):
-            rows.append((layer.layer, layer.kind, f"{layer.bound:.9g}", f"{product:.9g}", layer.formula))
-            rows += [(f"  {p.layer}", p.kind, f"{p.bound:.9g}", "", p.formula) for p in layer.parts]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join([*lines, f"Lipschitz bound: {self.lipschitz:.9g}"])
+            found = [] if reached is None else _tightness(reached.get(layer.layer), layer.bound)
+            rows.append([layer.layer, layer.kind, f"{layer.bound:.9g}", f"{product:.9g}", *found, layer.formula])
+            rows += [
+                [f"  {part.layer}", part.kind, f"{part.bound:.9g}", "", *("" for _ in extra), part.formula]
+                for part in layer.parts
+            ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        total = f"Lipschitz bound: {self.lipschitz:.9g}"
+        if reached is not None and "" in reached:
+            estimate, share = _tightness(reached[""], self.lipschitz)
+            total += f"; pairs of points that reach {estimate} were found ({share} of the bound)"
+        return "\n".join([*lines, total])
 
     def rows(self) -> list[dict[str, str | float]]:
         """The same as records: layer, kind, formula, bound, product."""
@@ -177,6 +190,13 @@ class Account:
             {"layer": b.layer, "kind": b.kind, "formula": b.formula, "bound": b.bound, "product": p}
             for b, p in zip(self.layers, self.products, strict=True)
         ]
+
+
+def _tightness(reached: float | None, bound: float) -> list[str]:
+    """(lower estimate, its share of the bound) as text."""
+    if reached is None:
+        return ["", ""]
+    return [f"{reached:.6g}", f"{100 * reached / bound:.3g} %" if 0 < bound < math.inf else ""]
 
 
 def account(module: nn.Module, input_shape: Shape, name: str = "") -> Account:

@@ -23,11 +23,11 @@ from robustflow.errors import UserError
 from robustflow.layer_rules import PLAIN_DTYPES, require_code_of, runs_code_of
 from robustflow.networks import Classifier
 from robustflow.norms import INFLATION, UNIT, inflation
-from robustflow.rounding import forward_with_error, gamma, lengths
+from robustflow.rounding import FALLBACK, Plan, forward_with_error, gamma, lengths
 
 CERTIFIED_OBJECT = (
     "the real-arithmetic network with these stored weights{mirror}, L2 in pixels of [0, 1]; "
-    "a float32 or GPU execution of it is not certified bit for bit"
+    "a float32 or GPU execution of it is not certified bit for bit{assumed}"
 )
 
 
@@ -90,10 +90,10 @@ def certify(
     audit = account(network.features, tuple(pixels.shape[1:]), "features" if isinstance(module, Classifier) else "")
     if network.mirror:
         audit = Account((*audit.layers, LayerBound("mirror", "average", "mean over two isometric views", 1.0)))
-    head = _Head(network.head)
+    head, plan = _Head(network.head), Plan()
     radii, predictions = [], []
     for x, y in zip(pixels.split(batch_size), truth.split(batch_size), strict=True):
-        z, error = _features(network, x.double())
+        z, error = _features(network, x.double(), plan)
         prediction, radius = head.radii(z, error, y, audit.lipschitz)
         predictions.append(prediction)
         radii.append(radius)
@@ -103,8 +103,13 @@ def certify(
         radii=torch.cat(radii).numpy(),
         predictions=torch.cat(predictions).numpy(),
         account=audit,
-        certified_object=CERTIFIED_OBJECT.format(mirror=mirror),
+        certified_object=CERTIFIED_OBJECT.format(mirror=mirror, assumed=_assumption(plan)),
     )
+
+
+def _assumption(plan: Plan) -> str:
+    kinds = plan.assumed()
+    return f"; assumed, not proved: {', '.join(kinds)} round by at most {FALLBACK:g} relative" if kinds else ""
 
 
 def float64_features(module: nn.Module) -> nn.Sequential:
@@ -112,11 +117,11 @@ def float64_features(module: nn.Module) -> nn.Sequential:
     return _frozen(module).features
 
 
-def _features(network: _Network, x: Tensor) -> tuple[Tensor, Tensor]:
+def _features(network: _Network, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Features and a bound of their rounding error; in float64."""
-    z, error = forward_with_error(network.features, x, torch.zeros(len(x), dtype=torch.float64))
+    z, error = forward_with_error(network.features, x, torch.zeros(len(x), dtype=torch.float64), plan)
     if network.mirror:
-        other, other_error = forward_with_error(network.features, x.flip(-1), torch.zeros_like(error))
+        other, other_error = forward_with_error(network.features, x.flip(-1), torch.zeros_like(error), plan)
         z = (z + other) / 2
         error = ((error + other_error) / 2 + 2 * UNIT * lengths(z)) * (1 + INFLATION)
     if z.ndim != 2:

@@ -62,7 +62,10 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(plain, partial, {"robustflow": json.dumps(metadata or {})})
+        try:
+            save_file(plain, partial, {"robustflow": json.dumps(metadata or {})})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise UserError(f"cannot write {path}: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

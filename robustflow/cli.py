@@ -16,7 +16,9 @@ import pandas as pd
 import attacks
 from robustflow import bench, config, data, environment, evaluation, networks
 from robustflow.config import Experiment
+from robustflow.data import ImageSet
 from robustflow.errors import UserError
+from robustflow.measurements import PARTS, Request, measure
 from robustflow.report import build_report
 
 
@@ -33,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a directory that may not be written
+        print(f"robustflow: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,12 +63,22 @@ def _parser() -> argparse.ArgumentParser:
         ("attack", _attack, "attack the certified models of an output directory"),
     ):
         sub = add(name, command, text)
-        sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow train`")
+        place = "output directory of `robustflow train`"
         if name == "certify":
-            sub.add_argument("--explain", action="store_true", help="print the account of each bound, layer by layer")
+            sub.add_argument("out", type=Path, metavar="TARGET", help=f"{place}, or one model's: OUT/models/NAME")
+            text = "print each bound layer by layer, with what it loses against a lower estimate"
+            sub.add_argument("--explain", action="store_true", help=text)
+        else:
+            sub.add_argument("out", type=Path, metavar="OUT", help=place)
         _add_machine(sub)
     sub = add("report", _report, "rebuild summary, tables, plots and report.html from the rows of a directory")
     sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow bench`")
+    sub = add("measure", _measure, "measure what the project claims of its own certificates")
+    sub.add_argument("what", choices=("certificates",), help="what to measure")
+    sub.add_argument("--out", type=Path, required=True, help="where the numbers, table.md and plots go")
+    sub.add_argument("--only", metavar="PARTS", help=f"measure these again, comma-separated: {','.join(PARTS)}")
+    sub.add_argument("--bench", type=Path, metavar="DIR", help="a benchmark directory whose models are measured, too")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="data directory of that benchmark")
     sub = add("list", _list, "list models, attacks, datasets and configs")
     sub.add_argument("what", nargs="?", choices=("models", "attacks", "datasets", "configs"), help="only these")
     return parser
@@ -81,28 +96,33 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path]:
-    """Read the config, check what can be checked at once, and open the output directory."""
+def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path, ImageSet]:
+    """Read config and data, check what can be checked at once, and only then open the output directory."""
     experiment = config.read(options.config)
     if options.seed is not None:
         experiment = experiment.model_copy(update={"seed": options.seed})
+    if options.model is not None:
+        experiment.model(options.model)
     evaluation.check_attacks(experiment.evaluate)
     known = {str(path): name for name, path in config.list_configs().items()}
     file = config.find(options.config)
     name = known.get(str(file.resolve()), str(options.config))
     out = options.out or Path("runs") / file.stem
-    bench.open_directory(out, experiment, name)
-    return experiment, out
+    images = bench.load_data(experiment, options.data)
+    bench.open_directory(out, experiment, name, images)
+    return experiment, out, images
 
 
 def _bench(options: argparse.Namespace) -> int:
     started = time.monotonic()
     device = environment.choose_device(options.device)
-    experiment, out = _prepare(options)
-    images = bench.load_data(experiment, options.data)
+    experiment, out, images = _prepare(options)
     bench.train(experiment, out, images, device=device, only=options.model)
     bench.certify(experiment, out, images, only=options.model)
     alarms = bench.attack(experiment, out, images, device=device, only=options.model)
+    if waiting := bench.unfinished(experiment, out):
+        print(f"{out}: no report before {', '.join(waiting)} are done, too")
+        return _verdict(alarms, out)
     report = build_report(out)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"{report} ({time.monotonic() - started:.0f} s)")
@@ -118,18 +138,21 @@ def _verdict(alarms: int, place: Path) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     device = environment.choose_device(options.device)
-    experiment, out = _prepare(options)
-    bench.train(experiment, out, bench.load_data(experiment, options.data), device=device, only=options.model)
+    experiment, out, images = _prepare(options)
+    bench.train(experiment, out, images, device=device, only=options.model)
     return 0
 
 
 def _certify(options: argparse.Namespace) -> int:
     environment.choose_device(options.device)
-    experiment, _ = bench.read_directory(options.out)
+    out, model = bench.locate(options.out)
+    if model is not None and options.model not in (None, model):
+        raise UserError(f"{options.out} is the model {model}, not {options.model}: leave --model out")
+    experiment, _ = bench.read_directory(out)
     images = bench.load_data(experiment, options.data)
-    for account in bench.certify(experiment, options.out, images, only=options.model):
-        if options.explain:
-            print(account)
+    only = options.model or model
+    for account in bench.certify(experiment, out, images, only=only, explain=options.explain):
+        print(account)
     return 0
 
 
@@ -143,6 +166,13 @@ def _attack(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     print(build_report(options.out))
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    only = options.only.split(",") if options.only else None
+    table = measure(Request(options.out, options.bench, options.data), only)
+    print(table.read_text(encoding="utf-8"))
     return 0
 
 

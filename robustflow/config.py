@@ -26,7 +26,7 @@ def _radius(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(f"a number or a fraction such as '36/255', not {value!r}") from None
     return value
 
@@ -192,7 +192,7 @@ def read(path: Path | str) -> Experiment:
         if file.stat().st_size > MAXIMUM_CONFIG_BYTES:
             raise UserError(f"{file} is larger than {MAXIMUM_CONFIG_BYTES} bytes: not a config")
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise UserError(f"{file} cannot be read as TOML: {error}") from error
     return from_dict(raw, str(file))
 

@@ -157,7 +157,7 @@ def attack_subject(
         raise UserError(f"{subject.name} has no certificate for these images: run `robustflow certify` first")
     options = [list(config.epsilons), list(config.attacks), config.audit, config.batch_size, seed, device.type]
     identity = _hash([ATTACK_VERSION, record["certificate_identity"], *options])
-    if record.get("attack_identity") == identity:
+    if record.get("attack_identity") == identity and subject.rows_file.exists():
         return record
     rows = read_rows(subject.rows_file)[["index", "label", "prediction", "certified_radius"]]
     images, labels = subject.split.images().cpu(), subject.split.labels.cpu()
@@ -215,7 +215,7 @@ def find_alarms(subject: Subject, rows: pd.DataFrame, images: Tensor, adversaria
         exact = _float64_logits(subject.model, adversarials[torch.from_numpy(crossed)])
     for place, index in enumerate(crossed):
         distance = float((adversarials[index].double() - images[index].double()).norm())
-        confirmed = int(exact[place].argmax()) != int(rows["label"][index]) and distance <= radius[index]
+        confirmed = int(exact[place].argmax()) != int(rows["label"][index]) and distance <= float(radius[index])
         file = f"{subject.name}.alarm-{index}.safetensors"
         tensors = {"image": images[index], "adversarial": adversarials[index]}
         checkpoints.write_tensors(subject.folder / file, tensors, {"index": int(index)})

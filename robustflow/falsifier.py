@@ -11,11 +11,12 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustflow.bounds import flat_children, lipschitz_of
+from robustflow.bounds import Account, flat_children, lipschitz_of
 from robustflow.certificates import float64_features
 from robustflow.errors import UserError
 from robustflow.rounding import forward_with_error
@@ -120,6 +121,38 @@ def falsify_network(
     return found
 
 
+def lower_estimates(
+    model: nn.Module, images: Tensor, audit: Account, *, pairs: int = 6, iterations: int = 20, seed: int = 0
+) -> dict[str, float]:
+    """How much every entry of a classifier's account is seen to expand (never more than it truly does), "" the whole.
+
+    model: a `Classifier`, and ``audit`` its `robustflow.bounds.account`; images: (n, C, H, W), a handful is enough.
+    Bound over estimate is what a bound loses at most.
+    """
+    whole = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    x = images.detach().to("cpu", torch.float64)
+    options: dict[str, Any] = {"pairs": pairs, "iterations": iterations, "seed": seed}
+    reached = {"": falsify(whole, x, claimed=audit.lipschitz, **options).observed}
+    layers = [*flat_children(whole.features, "features"), ("head", whole.head)]  # type: ignore[arg-type]
+    inputs = []
+    with torch.no_grad():
+        for _, layer in layers:
+            inputs.append(x)
+            x = layer(x)  # type: ignore[operator]
+    places = {name: place for place, (name, _) in enumerate(layers)}
+    taken = {name: entry.layer for entry in audit.layers for name in entry.layer.split(" + ")}
+    for entry in audit.layers:
+        names = entry.layer.split(" + ")
+        if not all(name in places for name in names):
+            continue
+        first, last = places[names[0]], places[names[-1]]
+        # An entry of folded maps contains the rearrangements between them, not an activation that has its own entry.
+        inside = [part for name, part in layers[first : last + 1] if taken.get(name, entry.layer) == entry.layer]
+        block = nn.Sequential(*inside)  # type: ignore[arg-type]
+        reached[entry.layer] = falsify(block, inputs[first], claimed=entry.bound, **options).observed
+    return reached
+
+
 def _layers(features: nn.Sequential, x: Tensor) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for name, layer in flat_children(features, "features"):
         if any(True for _ in layer.parameters()):
@@ -180,4 +213,4 @@ def _lift(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
-__all__ = ["Falsification", "falsify", "falsify_network"]
+__all__ = ["Falsification", "falsify", "falsify_network", "lower_estimates"]

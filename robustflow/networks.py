@@ -137,6 +137,12 @@ def create_model(
     """
     if regime not in list_models():
         raise UserError(f"unknown model {regime!r}; known are: {', '.join(list_models())}")
+    if not channels or min(channels) < 1:
+        raise UserError(f"channels must name at least one block of at least one channel, not {tuple(channels)}")
+    if dense_layers and not dense:
+        raise UserError("dense_layers needs dense, the number of features that they work on")
+    if any(given is not None and len(given) != input_shape[0] for given in (mean, std)) or min(std or (1.0,)) <= 0:
+        raise UserError(f"mean and std need {input_shape[0]} numbers each, one a channel, std above 0")
     mean = mean if mean is not None else (0.0,) * input_shape[0]
     std = std if std is not None else (1.0,) * input_shape[0]
     normalize = Normalize(mean, std)

@@ -68,7 +68,7 @@ class Convolution(nn.Module):
             return
         if exact:
             bound = norms.conv2d_norm(self.weight.double().cpu(), self.image_size, padding=self.padding)
-            self.weight.div_(bound)
+            self.weight.div_(bound if bound > 0 else 1.0)
             return
         transposed = self.weight.flip(2, 3).transpose(0, 1)
         for _ in range(iterations):

@@ -86,6 +86,21 @@ def schedule(config: TrainConfig, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
 
 
+def check_state(state: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a training's checkpoint.
+
+    Raises:
+        UserError: it is broken, or of a training with another config, seed or data.
+    """
+    tensors, metadata = checkpoints.read_tensors(state)
+    if metadata.get("identity") != identity:
+        raise UserError(
+            f"{state} belongs to a training with another config, seed or data: finish that one, choose another --out, "
+            "or delete the file"
+        )
+    return tensors, metadata
+
+
 @dataclass
 class Progress:
     """Where a training stands; everything of its state that is not a tensor."""
@@ -260,12 +275,7 @@ class Training:
         if not state.exists():
             log.unlink(missing_ok=True)
             return
-        tensors, metadata = checkpoints.read_tensors(state)
-        if metadata.get("identity") != self.identity:
-            raise UserError(
-                f"{state} belongs to a training with another config, seed or data: finish that one, choose another "
-                "--out, or delete the file"
-            )
+        tensors, metadata = check_state(state, self.identity)
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(tensors[f"model.{name}"])

@@ -94,18 +94,26 @@ def test_weights_that_are_no_numbers(saved: Path, value: float) -> None:
 
 
 def test_tensors_and_metadata_round_trip(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(2, 3).t(), "b": torch.tensor(3), "c": torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last)}
+    tensors = {
+        "a": torch.randn(2, 3).t(),
+        "b": torch.tensor(3),
+        "c": torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last),
+    }
     metadata = {"identity": "x", "progress": {"step": 3, "seconds": 0.1}}
     checkpoints.write_tensors(tmp_path / "new" / "t", tensors, metadata)
     found, described = checkpoints.read_tensors(tmp_path / "new" / "t")
     assert described == metadata
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert checkpoints.sha256(tmp_path / "new" / "t") == hashlib.sha256((tmp_path / "new" / "t").read_bytes()).hexdigest()
+    assert (
+        checkpoints.sha256(tmp_path / "new" / "t") == hashlib.sha256((tmp_path / "new" / "t").read_bytes()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "json", "tensors", "replace"])
-def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_text("old")
 

@@ -38,7 +38,11 @@ def write(folder: Path, name: str = "cifar10", **changes: Any) -> Path:
 
 def test_digits_are_scikit_learn_s() -> None:
     images = data.load("digits")
-    assert {name: len(split) for name, split in images.splits.items()} == {"train": 1200, "validation": 197, "test": 400}
+    assert {name: len(split) for name, split in images.splits.items()} == {
+        "train": 1200,
+        "validation": 197,
+        "test": 400,
+    }
     assert images.input_shape == (1, 8, 8)
     assert images.class_names == tuple("0123456789")
     bunch = load_digits()
@@ -188,7 +192,7 @@ def test_a_download_becomes_an_image_set(tmp_path: Path, monkeypatch: pytest.Mon
     content = arrays()
 
     class Fake:
-        classes = [f"name {i}" for i in range(10)]
+        classes = tuple(f"name {i}" for i in range(10))
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
             assert (root, download) == (str(tmp_path), True)
@@ -198,7 +202,7 @@ def test_a_download_becomes_an_image_set(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
     images = data.load("cifar10", tmp_path)
     assert images.source == "torchvision"
-    assert images.class_names == tuple(Fake.classes)
+    assert images.class_names == Fake.classes
     np.testing.assert_array_equal(images.splits["test"].labels.numpy(), content["y_test"])
 
 
@@ -216,7 +220,10 @@ def test_directory_is_the_argument_else_the_variable_else_the_cache(
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "gone"))
     with pytest.raises(UserError, match="gone does not exist"):
         data.data_directory(None)
-    for unset in (lambda: monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, ""), lambda: monkeypatch.delenv(data.ENVIRONMENT_VARIABLE)):
+    for unset in (
+        lambda: monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, ""),
+        lambda: monkeypatch.delenv(data.ENVIRONMENT_VARIABLE),
+    ):
         unset()
         assert data.data_directory(None) == cache / "data"
         assert (cache / "data").is_dir()

@@ -12,7 +12,11 @@ from robustflow.losses import certified_cross_entropy, cross_entropy, hinge, off
 from robustflow.training import build_loss
 
 torch.manual_seed(0)
-LOGITS, LABELS, ROWS = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 3, 0]), torch.randn(4, 5).double()
+LOGITS, LABELS, ROWS = (
+    torch.randn(6, 4, dtype=torch.float64),
+    torch.tensor([0, 1, 2, 3, 3, 0]),
+    torch.randn(4, 5).double(),
+)
 
 
 def softmax_loss(logits: list[float], label: int) -> float:

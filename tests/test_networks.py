@@ -33,7 +33,9 @@ def test_normalisation_by_hand_and_inside_the_model() -> None:
     torch.manual_seed(0)
     plain = create_model("sharp", input_shape=(3, 4, 4), channels=(4,), layers=2).eval()
     inside = create_model("sharp", input_shape=(3, 4, 4), channels=(4,), layers=2, mean=mean, std=std).eval()
-    inside.load_state_dict({**plain.state_dict(), "features.0.mean": torch.tensor(mean), "features.0.std": torch.tensor(std)})
+    inside.load_state_dict(
+        {**plain.state_dict(), "features.0.mean": torch.tensor(mean), "features.0.std": torch.tensor(std)}
+    )
     torch.testing.assert_close(inside(x), plain(expected))
     assert not torch.allclose(inside(x), plain(x))
 
@@ -80,15 +82,19 @@ def counted(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
 
 
 def test_multiply_adds_by_hand() -> None:
-    """1 lift of 8·8 pixels · 9 · 1 · 2, two steps of a convolution and its transpose, 8·8 · 9 · 2 · 2 each, a head of 32·3."""
+    """1 lift of 8·8 pixels · 9 · 1 · 2, two steps of a convolution and its transpose, 8·8 · 9 · 2 · 2 each; a head."""
     model = create_model("nonexpansive", input_shape=(1, 8, 8), classes=3, channels=(2,), layers=2)
     expected = 64 * 9 * 2 + 2 * 2 * 64 * 9 * 4 + 2 * 16 * 3
     assert multiply_adds(model) == expected
     assert counted(model, (1, 8, 8)) == expected
     # A patch lift sees 4 numbers for each of 4·4 patches; its steps work on 2 × 2 patches of those.
-    patches = create_model("nonexpansive", input_shape=(1, 8, 8), classes=3, channels=(2,), layers=2, kernel="patch", lift="patch")
+    patches = create_model(
+        "nonexpansive", input_shape=(1, 8, 8), classes=3, channels=(2,), layers=2, kernel="patch", lift="patch"
+    )
     assert multiply_adds(patches) == 16 * 4 * 2 + 2 * 2 * 4 * (2 * 4) ** 2 + 2 * 16 * 3
-    mirrored = create_model("nonexpansive", input_shape=(1, 8, 8), classes=3, channels=(2,), layers=2, mirror=True).train()
+    mirrored = create_model(
+        "nonexpansive", input_shape=(1, 8, 8), classes=3, channels=(2,), layers=2, mirror=True
+    ).train()
     assert multiply_adds(mirrored) == 2 * (expected - 96) + 96
     assert mirrored.training
 

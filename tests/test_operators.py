@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -16,7 +17,14 @@ from robustflow.errors import UserError
 from robustflow.operators import Convolution, PatchConvolution, UnitRowLinear
 
 CONVOLUTIONS = [(1, 1, 1, 4, 4), (2, 3, 3, 5, 4), (3, 2, 5, 3, 6), (1, 2, 7, 2, 2), (4, 4, 3, 1, 1)]
-PATCHES = [(1, 4, 2, 0, 4, 6), (2, 8, 2, 1, 4, 4), (3, 5, 2, 1, 6, 4), (1, 9, 3, 1, 6, 6), (1, 6, 2, 1, 4, 4), (2, 3, 1, 0, 3, 2)]
+PATCHES = [
+    (1, 4, 2, 0, 4, 6),
+    (2, 8, 2, 1, 4, 4),
+    (3, 5, 2, 1, 6, 4),
+    (1, 9, 3, 1, 6, 6),
+    (1, 6, 2, 1, 4, 4),
+    (2, 3, 1, 0, 3, 2),
+]
 
 
 def dense(linear: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
@@ -27,7 +35,9 @@ def dense(linear: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("before", "after", "kernel", "height", "width"), CONVOLUTIONS)
-def test_adjoint_of_a_convolution_is_the_transpose(before: int, after: int, kernel: int, height: int, width: int) -> None:
+def test_adjoint_of_a_convolution_is_the_transpose(
+    before: int, after: int, kernel: int, height: int, width: int
+) -> None:
     layer = Convolution(before, after, kernel).double()
     forward, adjoint = dense(layer, before, height, width), dense(layer.adjoint, after, height, width)
     torch.testing.assert_close(adjoint, forward.T)
@@ -149,9 +159,7 @@ def test_exact_projection_is_the_polar_factor(before: int, after: int, scale: fl
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 8), (3, 4), (1, 9)])
-def test_one_polar_iteration_near_the_constraint_set(
-    before: int, after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_polar_iteration_near_the_constraint_set(before: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close by, no SVD is needed, and every step squares the error."""
     layer = PatchConvolution(before, after, 2).double()
     layer.constrain_(exact=True)
@@ -163,7 +171,7 @@ def test_one_polar_iteration_near_the_constraint_set(
         layer.constrain_()
         error.append(float((torch.linalg.svdvals(layer.weight.detach()) - 1).abs().max()))
     assert error[0] > 1e-3
-    assert all(after <= 2 * before**2 + 1e-14 for before, after in zip(error, error[1:], strict=False))
+    assert all(after <= 2 * before**2 + 1e-14 for before, after in pairwise(error))
 
 
 def test_far_from_the_constraint_set_the_projection_is_exact_at_once() -> None:

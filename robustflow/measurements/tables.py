@@ -1,0 +1,128 @@
+"""The measurements as one Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from robustflow import checkpoints
+
+Part = dict[str, Any]
+
+
+def write_table(path: Path, results: dict[str, Part]) -> Path:
+    """Rewrite table.md from the parts that have been measured."""
+    blocks = ["# Certificates, measured\n"]
+    for name, part in results.items():
+        title, section = SECTIONS[name]
+        machine = part["environment"]
+        blocks.append(f"## {title}\n\n{section(part)}\n\n![{title}](plots/{name}.png)\n")
+        blocks.append(
+            f"`{part['command']}`, {part['seconds']:.0f} s on {machine['cpu']} ({machine['threads']} thread), "
+            f"torch {machine['versions']['torch']}. Every number: [{name}.json]({name}.json).\n"
+        )
+    checkpoints.write_text(path, "\n".join(blocks))
+    return path
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _tightness(part: Part) -> str:
+    families = part["summary"]
+    rows = [
+        [method, "yes" if bound else "no"]
+        + [f"{s['median']:.5g} ({s['least']:.5g}…{s['most']:.5g})" for s in (f[method] for f in families.values())]
+        for method, bound in part["is_bound"].items()
+    ]
+    header = ["method", "a bound?", *(f"{name}: median (range)" for name in families)]
+    small = part["second_difference_on_three_pixels"]
+    text = (
+        "Value over the true norm (dense float64 SVD; at 32×32 Lanczos, converged), 3×3 kernels, zero padding. Small "
+        "images are mostly border, which these bounds do not see. Below 1 a value is no bound: the FFT at the image "
+        f"size gives {small['FFT at the image size']:.3f} for [−1, 2, −1] on three pixels, the embedding bound "
+        f"{small['embedding (ours)']:.3f}.\n\n"
+    )
+    return text + _table(header, rows)
+
+
+def _cost(part: Part) -> str:
+    rows = [
+        [f"{row['channels']}", f"{row['image']}×{row['image']}", f"{row['forward_100_images']:.3g} s"]
+        + [f"{value:.2g}" for value in row["of_forward"].values()]
+        for row in part["rows"]
+    ]
+    header = ["channels", "image", "100 images forward", *part["rows"][0]["of_forward"]]
+    text = "CPU time of one bound, in convolutions of 100 images with the same kernel in float64, same run.\n\n"
+    return text + _table(header, rows)
+
+
+def _share(part: Part) -> str:
+    rows = [
+        [
+            row["network"],
+            f"{row['images']:,}" + (" (extrapolated)" if row["extrapolated"] else ""),
+            f"{row['forward_cpu_seconds']:.1f} s",
+            f"{row['certify_cpu_seconds']:.1f} s",
+            f"{100 * row['share_on_top']:.1f} %",
+        ]
+        for row in part["rows"]
+    ]
+    header = ["network", "images", "one float64 forward pass", "certifying (with it)", "on top"]
+    return f"Goal: below {100 * part['goal']:.0f} % on top.\n\n" + _table(header, rows)
+
+
+def _gains(part: Part) -> str:
+    rows = [
+        [
+            row["model"],
+            f"{row['images']}",
+            f"{row['lipschitz']:.4g}",
+            f"{row['lipschitz_by_published_constant']:.4g}",
+            f"{row['median_gain_of_exact_constant']:.3f}×",
+            f"{row['median_gain_of_pairwise_head']:.3f}×",
+        ]
+        for row in part["rows"]
+    ]
+    header = ["model", "certified images", "L, exact constants", "L, √(1 − 2ah + h²)", "gain of the exact constant",
+              "gain of pairwise head norms"]  # fmt: skip
+    text = (
+        "Radii of the same weights and images two ways, median gain. The published constant needs AᵀA = I and a > 0; "
+        "where it does not apply both sides take ours.\n\n"
+    )
+    return text + _table(header, rows)
+
+
+def _campaign(part: Part) -> str:
+    rows = [
+        [
+            regime,
+            f"{entry['networks']}",
+            f"{entry['random_pairs']:,}",
+            f"{entry['searched_pairs']:,}",
+            f"{entry['violations']}",
+            *(f"{entry[f'closest_{kind}']:.6f}" for kind in ("random", "searched", "layer")),
+        ]
+        for regime, entry in (part["regimes"] | {"all": _all(part)}).items()
+    ]
+    header = ["regime", "networks", "random pairs", "searched pairs", "violations", "closest random",
+              "closest searched", "closest layer"]  # fmt: skip
+    text = "Networks with random weights, biases and admissible step sizes; observed over claimed expansion.\n\n"
+    return text + _table(header, rows)
+
+
+def _all(part: Part) -> Part:
+    kinds = ("closest_random", "closest_searched", "closest_layer")
+    return part["total"] | {kind: max(entry[kind] for entry in part["regimes"].values()) for kind in kinds}
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Part], str]]] = {
+    "tightness": ("Tightness of norm bounds", _tightness),
+    "cost": ("Cost of norm bounds", _cost),
+    "share": ("The share of certifying in an evaluation", _share),
+    "gains": ("What sharper constants gain", _gains),
+    "campaign": ("Attempts to falsify", _campaign),
+}

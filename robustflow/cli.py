@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import pandas as pd
-
 import attacks
 from robustflow import bench, config, data, environment, evaluation, networks
 from robustflow.config import Experiment
@@ -176,10 +174,20 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _attack_lines() -> Iterator[str]:
+    """A line a set, then a table of the attacks, left-aligned."""
+    for chosen in attacks.SETS.values():
+        yield f"{chosen.name:15} set of {', '.join(chosen.attacks)}: {chosen.good_at}"
+    rows = [{key: str(value) for key, value in row.items()} for row in attacks.describe()]
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [{key: key.replace("_", " ") for key in widths}, *rows]:
+        yield "  ".join(cell.ljust(widths[key]) for key, cell in row.items()).rstrip()
+
+
 def _list(options: argparse.Namespace) -> int:
     sections: dict[str, Callable[[], Iterator[str]]] = {
         "models": lambda: (f"{name:15} {text}" for name, text in networks.list_models().items()),
-        "attacks": lambda: iter(pd.DataFrame(attacks.describe()).to_string(index=False).splitlines()),
+        "attacks": _attack_lines,
         "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
         "configs": lambda: (f"{name:15} {path}" for name, path in config.list_configs().items()),
     }

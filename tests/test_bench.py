@@ -257,3 +257,13 @@ def test_a_refuted_bound_stops_with_the_pair(
     pair, _ = checkpoints.read_tensors(folder / "sharp.falsified.safetensors")
     assert pair.keys() == {"x", "y"}
     assert not (folder / "sharp.json").exists()
+
+
+def test_one_model_of_several_gives_no_report_yet(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("bench", config, "--out", out, "--device", "cpu", "--model", "sharp") == 0
+    assert "no report before free" in capsys.readouterr().out
+    assert (out / "evaluations" / "digits-test" / "sharp.csv").exists()
+    assert not (out / "report.html").exists()

@@ -48,7 +48,8 @@ def _rules(module: nn.Module, shape: Shape, name: str) -> list[LayerBound]:
 def register(kind: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Add the rule of a module type: a function (module, input shape without batch, dotted name) → list of LayerBound.
 
-    A subclass inherits the rule only as long as it does not define a ``forward`` of its own.
+    A subclass inherits the rule only as long as it does not define a ``forward`` of its own. Without a rounding rule as
+    well (`robustflow.rounding.register_rounding`) every certificate states what it assumes of the layer in float64.
 
     >>> class Halve(nn.Module):
     ...     def forward(self, x): return x / 2

@@ -87,9 +87,7 @@ def lengths(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward_with_error(
-    module: nn.Module, x: Tensor, error: Tensor, plan: Plan | None = None
-) -> tuple[Tensor, Tensor]:
+def forward_with_error(module: nn.Module, x: Tensor, error: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
     """(module(x), E): E bounds ‖module(x) in float64 − module(x₀) in real arithmetic‖₂ wherever ‖x − x₀‖₂ ≤ error.
 
     x: (B, …) float64; error: (B,). Layers without a rounding rule are assumed to have a relative error of `FALLBACK`.

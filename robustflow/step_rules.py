@@ -131,7 +131,8 @@ def shared_kernel_pair(first: nn.Module, second: nn.Module, shape: Shape) -> str
     h_c, h_e, slope = -sizes[contractive], sizes[1 - contractive], fields[contractive].slope
     largest = largest_singular_value(fields[0].operator, shape)
     if 0 <= h_e <= slope * h_c * (1 - 4 * norms.UNIT) and h_c * largest**2 * (1 + 4 * norms.UNIT) <= 1:
-        return f"shared kernel: h_C σ² ≤ 1 and h_E ≤ a·h_C with h_C = {h_c:.6g}, h_E = {h_e:.6g}, a = {slope:.6g}"
+        sizes_text = f"h_C = {h_c:.6g}, h_E = {h_e:.6g}, a = {slope:.6g}"
+        return f"shared kernel (proof: robustflow.step_rules): h_C σ² ≤ 1 and h_E ≤ a·h_C with {sizes_text}"
     return None
 
 

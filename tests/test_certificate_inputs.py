@@ -37,6 +37,12 @@ def poisoned_head() -> nn.Module:
     return net
 
 
+def poisoned_layer() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[1].weight.data[0, 0] = math.nan
+    return net
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -62,6 +68,9 @@ def poisoned_head() -> nn.Module:
         ({"module": nn.Sequential(nn.Flatten(), nn.Linear(4, 1))}, "single class"),
         ({"module": nn.Sequential(nn.Linear(2, 2))}, "flat"),
         ({"module": poisoned_head()}, "NaN"),
+        ({"module": poisoned_layer()}, r"1\.weight holds NaN"),
+        ({"module": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))}, r"BatchNorm2d.*\.eval\(\)"),
+        ({"module": nn.Sequential(nn.Flatten(), nn.Linear(4, 4).bfloat16(), nn.Linear(4, 2))}, r"cast the model first"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

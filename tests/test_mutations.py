@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustflow import bounds, certificates, layer_rules, norms, spectra, step_rules
+from robustflow import bounds, certificates, layer_rules, norms, rounding, spectra, step_rules
 from robustflow.layer_rules import LayerBound
 from robustflow.operators import Convolution
 
@@ -34,6 +34,7 @@ def _tests_of(name: str) -> Any:
 norm_tests, bound_tests = _tests_of("test_norms"), _tests_of("test_bounds")
 layer_tests, step_tests = _tests_of("test_layer_rules"), _tests_of("test_step_rules")
 radius_tests, falsifier_tests = _tests_of("test_certificates"), _tests_of("test_falsifier")
+rounding_tests = _tests_of("test_rounding")
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +173,8 @@ def test_residual_without_its_shortcut() -> None:
 def test_a_layer_used_twice_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "flat_children", lambda module, name: list(module.named_children()))
     caught_by(bound_tests.test_a_layer_used_twice_counts_twice)
+
+
+def test_rounding_inside_a_step_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_inner_error", lambda inner, hidden, size, bias: 0.0)
+    caught_by(rounding_tests.check_long_sums_inside_a_step)

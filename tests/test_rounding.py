@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from robustflow.baselines import Residual
+from robustflow.certificates import certify
 from robustflow.fields import GradientField
+from robustflow.layer_rules import LayerBound, register
 from robustflow.networks import Normalize
 from robustflow.operators import Convolution, PatchConvolution
-from robustflow.rounding import forward_with_error
+from robustflow.rounding import FALLBACK, Plan, Rounding, forward_with_error, register_rounding
 from robustflow.steps import AveragedStep, EulerStep
 
 F64 = torch.float64
@@ -90,3 +94,67 @@ def test_errors_of_many_kinds_of_layer_stay_small() -> None:
     single = (net.float()(x.float()).double() - out).norm(dim=1)
     assert (single <= error * 2.0**29 * 4).all()
     assert (single > error).all()
+
+
+def check_long_sums_inside_a_step() -> None:
+    """16,384 equal products in one sum drift far, and the outer map has one: the inner error is nearly all of it."""
+    count, h = 2**14, 2.0**20
+    step = EulerStep(GradientField(PatchConvolution(count, 1, 1), sign=1), h).double()
+    torch.nn.init.constant_(step.field.operator.weight, 0.1)
+    x = torch.full((1, count, 1, 1), 0.1, dtype=F64)
+    out, error = forward_with_error(step, x, torch.zeros(1, dtype=F64))
+    tenth = Fraction(0.1)
+    exact = tenth + Fraction(h) * tenth * count * tenth**2
+    off = float(sum((Fraction(value) - exact) ** 2 for value in out.flatten().tolist())) ** 0.5
+    assert 0 < off <= float(error)
+
+
+def test_long_sums_inside_a_step() -> None:
+    check_long_sums_inside_a_step()
+
+
+def test_a_plan_is_only_a_memory() -> None:
+    """The second batch costs no norm and gets the same bounds; another shape is another entry."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        Convolution(1, 2, 3), Residual(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Tanh())), nn.Flatten()
+    ).double()
+    x, zero, plan = torch.rand(3, 1, 4, 4, dtype=F64), torch.zeros(3, dtype=F64), Plan()
+    first = forward_with_error(net, x, zero, plan)[1]
+    known = len(plan.known)
+    assert torch.equal(forward_with_error(net, x, zero, plan)[1], first)
+    assert len(plan.known) == known
+    assert torch.equal(forward_with_error(net, x, zero)[1], first)
+    wide = torch.rand(3, 1, 5, 5, dtype=F64)
+    assert torch.equal(forward_with_error(net, wide, zero, plan)[1], forward_with_error(net, wide, zero)[1])
+    assert plan.assumed() == []
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class Tripled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+
+register(Doubled)(lambda module, shape, name: [LayerBound(name, "Doubled", "2", 2.0)])
+register(Tripled)(lambda module, shape, name: [LayerBound(name, "Tripled", "3", 3.0)])
+register_rounding(Tripled)(lambda module, shape, constant: Rounding(out=2.0**-53))
+
+
+def test_rounding_that_is_assumed_is_said_to_be() -> None:
+    """A user's layer with a Lipschitz rule alone: its error is assumed, and every certificate says so."""
+    x = torch.rand(2, 4, dtype=F64)
+    plan = Plan()
+    _, error = forward_with_error(Doubled(), x, torch.zeros(2, dtype=F64), plan)
+    assert error.tolist() == pytest.approx((4 * FALLBACK * x.norm(dim=1)).tolist())
+    assert plan.assumed() == ["Doubled"]
+    head = nn.Linear(4, 2)
+    labels = head(x.float()).argmax(1)
+    assumed = certify(nn.Sequential(Doubled(), head), x, labels).certified_object
+    assert "assumed, not proved: Doubled" in assumed
+    assert "assumed" not in certify(nn.Sequential(Tripled(), head), x, labels).certified_object
+    assert "assumed" not in certify(nn.Sequential(nn.Linear(4, 4), head), x, labels).certified_object

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from robustflow.bounds import account
 from robustflow.fields import GradientField, TwoKernelField
 from robustflow.operators import Convolution, PatchConvolution
-from robustflow.step_rules import smallest_singular_value
+from robustflow.step_rules import contractive_constant, smallest_singular_value
 from robustflow.steps import AveragedStep, EulerStep
 
 F64 = torch.float64
@@ -183,3 +184,46 @@ def test_pixels_that_no_patch_covers_are_lost() -> None:
     patches = operator("patch")
     assert smallest_singular_value(patches, (2, 4, 4)) == pytest.approx(1, abs=1e-8)
     assert smallest_singular_value(patches, (2, 5, 4)) == 0
+
+
+def test_shared_kernel_theorem_resists_a_search() -> None:
+    """Ascent over A, both D, a and h on the edge of the condition stays at 1; a twentieth beyond, it passes 1."""
+    for slack, broken in ((1.0, False), (1.05, True)):
+        generator = torch.Generator().manual_seed(0)
+        kernel, on, also, slope = (
+            torch.randn(shape, generator=generator, dtype=F64).requires_grad_()
+            for shape in ((30, 3, 2), (30, 3), (30, 3), (30, 1))
+        )
+        optimizer = torch.optim.Adam([kernel, on, also, slope], lr=0.1)
+        largest = 0.0
+        for step in range(60):
+            a = kernel / torch.linalg.matrix_norm(kernel, 2)[:, None, None]
+            low, h = torch.sigmoid(slope), 1.0 if step % 2 else 0.5
+            d1, d2 = low + (1 - low) * torch.sigmoid(5 * on), torch.sigmoid(5 * also)
+            contract = torch.eye(2, dtype=F64) - h * a.mT @ (d1[:, :, None] * a)
+            expand = torch.eye(2, dtype=F64) + slack * h * low[:, :, None] * a.mT @ (d2[:, :, None] * a)
+            norm = torch.linalg.matrix_norm(expand @ contract, 2)
+            optimizer.zero_grad()
+            (-norm.sum()).backward()
+            optimizer.step()
+            largest = max(largest, float(norm.detach().max()))
+        assert (largest > 1 + 1e-5) is broken
+        assert largest <= 1 + 1e-12 or broken
+
+
+@given(st.floats(0, 2), st.floats(0, 0.99))
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+def test_published_constant_is_never_tighter(h: float, slope: float) -> None:
+    """√(1 − 2ah + h²) ≥ max(1 − ah, h − 1): where both are valid, taking the exact one takes the tighter."""
+    assert contractive_constant(h, slope, 1.0, 1.0) <= math.sqrt(1 - 2 * slope * h + h * h) + 1e-12
+
+
+def test_sub_steps_multiply() -> None:
+    """A step cut into three with the same field: the account multiplies their exact constants."""
+    step = euler("patch", 0.8 / 3, 0.5)
+    flow = nn.Sequential(step, step, step)
+    assert bound_of(flow, (2, 4, 4)) == pytest.approx((1 - 0.5 * 0.8 / 3) ** 3, rel=1e-6)
+    assert bound_of(flow, (2, 4, 4)) < bound_of(euler("patch", 1.9, 0.5), (2, 4, 4))
+    for bias in (-50.0, 0.0, 50.0):
+        torch.nn.init.constant_(step.field.bias, bias)
+        assert jacobian_norm(flow, torch.randn(2, 4, 4, dtype=F64)) <= bound_of(flow, (2, 4, 4)) * HOLDS

@@ -39,6 +39,9 @@ PARTS: dict[str, Callable[[Request], dict[str, Any]]] = {
 }
 
 
+USES_BENCHMARK = ("share", "gains")
+
+
 def measure(request: Request, only: Sequence[str] | None = None) -> Path:
     """Measure what is missing, or exactly the parts ``only``; returns the table.
 
@@ -69,7 +72,7 @@ def measure(request: Request, only: Sequence[str] | None = None) -> Path:
 
 def _command(request: Request, part: str) -> str:
     words = ["robustflow measure certificates --out", str(request.out), "--only", part]
-    if request.benchmark is not None:
+    if request.benchmark is not None and part in USES_BENCHMARK:
         words += ["--bench", str(request.benchmark), "--data", "DIR"]
     return " ".join(words)
 

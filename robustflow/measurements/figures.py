@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from robustflow import checkpoints
 from robustflow.style import DASHES, GREY, INK, WIDTH, colour, house_style, png
@@ -51,7 +52,7 @@ def tightness(part: Part) -> Figure:
                 color=INK if bound else GREY,
             )
         kernels = next(iter(summary.values()))["kernels"]
-        ax.set_title(f"{family} ({kernels} kernels)")
+        ax.set_title(f"{family}\n{kernels} kernels")
         ax.axvline(1, color=INK, linewidth=0.8)
         ax.set_xscale("log")
         ax.set_xticks([1, 2, 5, 10], labels=["1", "2", "5", "10"])
@@ -83,6 +84,8 @@ def cost(part: Part) -> Figure:
         ax.axhline(1, color=INK, linewidth=0.8)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ticks = [row["value"] for row in rows]
         ax.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         ax.set_xlabel(titles[axis])
@@ -119,14 +122,25 @@ def gains(part: Part) -> Figure:
     for place, (ax, (key, title)) in enumerate(zip(axes, kinds.items(), strict=True)):
         for row, entry in enumerate(part["rows"]):
             ax.barh(row, entry[key], color=colour(place), height=0.6)
-            ax.annotate(f"{entry[key]:.2f}×", (entry[key], row), xytext=(4, 0), textcoords="offset points", va="center")
+            ax.annotate(_factor(entry[key]), (entry[key], row), xytext=(4, 0), textcoords="offset points", va="center")
         ax.axvline(1, color=INK, linewidth=0.8)
-        ax.set_xlim(0, 1.2 * max(entry[key] for entry in part["rows"]))
+        largest = max(entry[key] for entry in part["rows"])
+        if largest > 10:  # weights that were not trained under the published inequality
+            ax.set_xscale("log")
+            ax.set_xlim(0.9, largest**1.25)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.set_xlim(0, 1.2 * largest)
         ax.set_title(title)
         ax.set_xlabel("median gain in certified radius")
     axes[0].set_yticks(range(len(part["rows"])), labels=[entry["model"] for entry in part["rows"]])
     axes[0].invert_yaxis()
     return figure
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}×" if value >= 100 else f"{value:.3g}×"
 
 
 def campaign(part: Part) -> Figure:

@@ -100,7 +100,7 @@ def _kernels() -> list[tuple[str, str, Tensor, int]]:
         for seed in range(seeds):
             generator = torch.Generator().manual_seed(seed)
             kernel = torch.randn(channels, channels, 3, 3, generator=generator)
-            family = f"Gaussian, {'32×32' if size == LARGE else '8×8, 16×16'}"
+            family = f"Gaussian, {f'{LARGE}×{LARGE}' if size == LARGE else '8×8, 16×16'}"
             cases.append((family, f"{channels} channels, {size}×{size}, seed {seed}", kernel, size))
     for regime in ("unconstrained", "nonexpansive"):
         model, _ = trained(regime)
@@ -112,7 +112,7 @@ def _kernels() -> list[tuple[str, str, Tensor, int]]:
             for name, module in layer.named_modules(prefix=path):
                 if not isinstance(module, Convolution):
                     continue
-                for family, n in (("trained, 4×4, 8×8", size), ("trained, 32×32", LARGE)):
+                for family, n in (("trained, 4×4, 8×8", size), (f"trained, {LARGE}×{LARGE}", LARGE)):
                     cases.append((family, f"{regime} {name}, {n}×{n}", module.weight.detach(), n))
     return cases
 

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def cost() -> dict[str, Any]:
         images = torch.rand(10, channels, size, size, dtype=torch.float64)
         with torch.no_grad():
             forward = 10 * _seconds(lambda: F.conv2d(images, kernel, padding=1))  # noqa: B023 - used at once
-        seconds = {name: _seconds(lambda: function(kernel, size)) for name, (function, _) in METHODS.items()}  # noqa: B023
+        seconds = {name: _seconds(partial(method, kernel, size)) for name, (method, _) in METHODS.items()}
         row = {"axis": axis, "value": value, "channels": channels, "image": size, "forward_100_images": forward}
         rows.append(row | {"seconds": seconds, "of_forward": {k: v / forward for k, v in seconds.items()}})
     return {"repeats": REPEATS, "rows": rows}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from robustflow import bench, certify, data
 from robustflow.evaluation import read_rows

@@ -218,7 +218,8 @@ class Training:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.step()
-        self.model.constrain_()
+        with self._autocast():
+            self.model.constrain_()
         self.progress.step += 1
         self.progress.loss_sum += value * len(batch)
         self.progress.correct += int((logits.detach().argmax(1) == labels).sum())

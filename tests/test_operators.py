@@ -142,6 +142,38 @@ def test_patches_are_a_dense_matrix_with_all_singular_values_one(
     torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("before", "after", "patch", "shift", "height", "width"), PATCHES)
+def test_as_a_convolution_and_as_a_matrix_product_patches_are_the_same_map(
+    before: int, after: int, patch: int, shift: int, height: int, width: int
+) -> None:
+    """float32 takes one way, float64 and bfloat16 under autocast the other."""
+    layer = PatchConvolution(before, after, patch, shift)
+    x, bias = torch.randn(2, before, height, width), torch.randn(after)
+    single = layer(x, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = layer(x, bias)
+        back = layer.adjoint(half)
+    double = PatchConvolution(before, after, patch, shift).double()
+    double.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(double(x.double(), bias.double()), single.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(double.adjoint(single.double()), layer.adjoint(single).double(), atol=1e-5, rtol=1e-5)
+    assert half.dtype == back.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), single, atol=0.05, rtol=0.02)
+    torch.testing.assert_close(back.float(), layer.adjoint(single), atol=0.1, rtol=0.05)
+
+
+def test_a_step_of_training_on_a_large_matrix_needs_no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step moves every singular value a little; the sum of these moves grows with the matrix and means nothing."""
+    layer = PatchConvolution(64, 256, 2)
+    layer.constrain_(exact=True)
+    direction = torch.linalg.qr(torch.randn(256, 256)).Q
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("an SVD near the constraint set"))
+    with torch.no_grad():
+        layer.weight.add_(direction, alpha=0.04)
+    layer.constrain_()
+    assert (torch.linalg.svdvals(layer.weight.detach()) - 1).abs().max() < 5e-3
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 8), (3, 4), (1, 9)])
 @pytest.mark.parametrize("scale", [0.3, 5.0])
 def test_exact_projection_is_the_polar_factor(before: int, after: int, scale: float) -> None:

@@ -5,11 +5,12 @@ lists what there is. The package knows nothing of the networks it attacks.
 """
 
 from attacks.contract import ATTACKS, Attack, Problem, register
-from attacks.sets import SETS, AttackSet, describe, resolve
+from attacks.sets import SETS, AttackSet, describe, expected_passes, resolve
+from attacks.shards import sharded_sweep
 from attacks.sweep import SweepResult, sweep
 from attacks.victim import AttackInputError, Victim
 
 __all__ = [
     "ATTACKS", "SETS", "Attack", "AttackInputError", "AttackSet", "Problem", "SweepResult", "Victim", "describe",
-    "register", "resolve", "sweep",
+    "expected_passes", "register", "resolve", "sharded_sweep", "sweep",
 ]

@@ -10,7 +10,8 @@ from typing import Literal, TypeVar, final
 import torch
 from torch import Tensor
 
-from attacks.shrink import shrink
+from attacks.grid import LADDER, on_grid
+from attacks.shrink import ROUNDS, shrink
 from attacks.victim import AttackInputError, Victim, l2_norms, margins
 
 # Rounding a pixel of [0, 1] to float32 moves it by at most this, and so an image of n pixels by sqrt(n) times this:
@@ -36,6 +37,7 @@ class Problem:
     best_norm: Tensor  # (N,) float64
     epsilon: float | None = None
     seed: int = 0
+    eight_bit: bool = False  # whether only adversarials on the grid of multiples of 1/255 count
 
 
 class Attack(ABC):
@@ -60,8 +62,21 @@ class Attack(ABC):
     loss: str
     cost: int  # forward passes a sample; of a fixed-epsilon attack: at each epsilon. Gradients not counted apart.
     good_at: str
+    proposals: int = 1  # images proposed a sample, at most; verifying each is a pass, pulling it in a few more
     shrinks: bool = True  # whether a found adversarial is pulled along its segment towards the clean image
+    gradient_free: bool = False  # whether it never asks for a gradient: runs last, and unmasks masked gradients
     softmax: bool = False  # whether it climbs the cross-entropy of the model's own logits, which flat logits defeat
+
+    def missing(self) -> str:
+        """What to install before it can run, as a command in a few words; empty if nothing is missing."""
+        return ""
+
+    @final
+    def passes(self, eight_bit: bool = False) -> int:
+        """Forward passes a sample at most, verification included; of a fixed-epsilon attack: at each epsilon."""
+        pulls = ROUNDS if self.shrinks else 0
+        rungs = 0 if not eight_bit else len(LADDER) + 1 if self.shrinks else 1
+        return self.cost + self.proposals * (1 + pulls + rungs)
 
     @abstractmethod
     def propose(self, problem: Problem) -> Tensor | Sequence[Tensor]:
@@ -95,8 +110,33 @@ class Attack(ABC):
             if self.shrinks and len(rows):
                 start = margins(problem.logits[rows], labels[rows])
                 images, norms = shrink(problem.model, clean[rows], images, labels[rows], start, found)
+            if problem.eight_bit and len(rows):
+                images, norms = self._to_eight_bit(problem, clean[rows], candidates[rows], images, labels[rows])
+                kept = norms < best_norm[rows]
+                rows, images, norms = rows[kept], images[kept], norms[kept]
             best[rows], best_norm[rows] = images, norms
         return best, best_norm
+
+    def _to_eight_bit(
+        self, problem: Problem, clean: Tensor, found: Tensor, near: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The first that is still adversarial, after rounding to multiples of 1/255, of ever longer perturbations
+        along the shrunk one (rounding undoes what lies just behind the boundary), and last of the one found."""
+        best, norms = clean.clone(), torch.full((len(clean),), torch.inf, dtype=torch.float64, device=clean.device)
+        rungs = [(near, rung) for rung in LADDER] if self.shrinks else []
+        for images, rung in [*rungs, (found, 1.0)]:
+            rows = torch.isinf(norms).nonzero()[:, 0]
+            if len(rows) == 0:
+                break
+            base = clean[rows]
+            longer = self._admit(base + rung * (images[rows] - base), base, problem.epsilon)
+            rounded = on_grid(longer, base, problem.epsilon)
+            size = l2_norms(rounded - base)
+            broken = (margins(problem.model.verified_logits(rounded), labels[rows]) < 0) & (size > 0)
+            if problem.epsilon is not None:
+                broken &= size <= problem.epsilon
+            best[rows[broken]], norms[rows[broken]] = rounded[broken], size[broken]
+        return best, norms
 
     @staticmethod
     def _admit(candidates: Tensor, clean: Tensor, epsilon: float | None) -> Tensor:

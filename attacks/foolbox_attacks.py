@@ -235,6 +235,7 @@ class MarginPGD(Attack):
     def __init__(self, name: str, *, steps: int, rel_stepsize: float, restarts: int = 0, warm: bool = True) -> None:
         self.name, self.loss, self.cost = name, "margin", (1 + restarts) * (steps + 1)
         self.good_at = "networks with flat or saturated softmax; certified networks at a given epsilon"
+        self.proposals = 2 * (1 + restarts)
         self.steps, self.rel_stepsize, self.restarts, self.warm = steps, rel_stepsize, restarts, warm
 
     def propose(self, problem: Problem) -> list[Tensor]:
@@ -263,6 +264,7 @@ class TargetedPGD(MarginPGD):
     def __init__(self, name: str, *, steps: int, rel_stepsize: float, targets: int) -> None:
         super().__init__(name, steps=steps, rel_stepsize=rel_stepsize)
         self.targets, self.cost, self.loss = targets, targets * (steps + 1), "targeted margin"
+        self.proposals = 2 * targets
         self.good_at = "images whose nearest other class is not the one with the second largest logit"
 
     def propose(self, problem: Problem) -> list[Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attacks.autoattack import PARTS
 from attacks.contract import ATTACKS, Attack
+from attacks.decision import HopSkipJump
 from attacks.foolbox_attacks import (
     FoolboxAttack,
     MarginPGD,
@@ -14,6 +17,7 @@ from attacks.foolbox_attacks import (
     ddn,
     foolbox,  # from there, because importing foolbox needs care
 )
+from attacks.inputs import check_epsilons
 from attacks.victim import AttackInputError
 
 BUILT_IN: tuple[Attack, ...] = (
@@ -51,6 +55,8 @@ BUILT_IN: tuple[Attack, ...] = (
     ),
     MarginPGD("margin-pgd-long", steps=100, rel_stepsize=0.5, restarts=3),
     TargetedPGD("targeted-pgd-long", steps=50, rel_stepsize=0.5, targets=9),
+    *PARTS,
+    HopSkipJump("hopskipjump", budget=1500),
 )
 for built_in in BUILT_IN:  # not register(): importing this file twice, as doctest does, is no clash of names
     ATTACKS.setdefault(built_in.name, built_in)
@@ -68,14 +74,20 @@ class AttackSet:
     reach: float = float("inf")
 
 
+STANDARD = ("deepfool", "ddn", "margin-pgd", "targeted-pgd")
 SETS: dict[str, AttackSet] = {
     entry.name: entry
     for entry in (
         AttackSet("paper", ("l2pgd",), "the published protocol: foolbox L2PGD, 10 steps, at every epsilon"),
-        AttackSet("standard", ("deepfool", "ddn", "margin-pgd", "targeted-pgd"),
+        AttackSet("standard", STANDARD,
                   "the default: right on flat, on saturated and on ordinary logits", reach=1.5),
         AttackSet("strong", ("deepfool-long", "ddn-long", "fmn", "cw", "margin-pgd-long", "targeted-pgd-long"),
                   "more steps, restarts and methods, at about 30 times the cost of standard"),
+        AttackSet("autoattack", tuple(part.name for part in PARTS),
+                  "the accepted standard, for numbers to compare with others'; an optional extra"),
+        AttackSet("check", (*STANDARD, "hopskipjump"),
+                  "standard, then an attack without gradients on what it left: a warning if gradients are masked",
+                  reach=1.5),
     )
 }
 
@@ -83,7 +95,8 @@ SETS: dict[str, AttackSet] = {
 def resolve(spec: str) -> tuple[list[Attack], float]:
     """The attacks of a set, of one attack's name, or of a comma list of both, and the reach to use.
 
-    Errors: AttackInputError naming what exists if a name is unknown or the list is empty.
+    Errors: AttackInputError naming what exists if a name is unknown or the list is empty, or the command that
+    installs what an attack needs.
 
     >>> [attack.name for attack in resolve("standard")[0]]
     ['deepfool', 'ddn', 'margin-pgd', 'targeted-pgd']
@@ -96,7 +109,28 @@ def resolve(spec: str) -> tuple[list[Attack], float]:
             raise AttackInputError(f"unknown attack {part!r}; {_existing()}")
         names += SETS[part].attacks if part in SETS else (part,)
     reach = SETS[spec.strip()].reach if spec.strip() in SETS else float("inf")
-    return [ATTACKS[name] for name in dict.fromkeys(names)], reach
+    chosen = [ATTACKS[name] for name in dict.fromkeys(names)]
+    for attack in chosen:
+        if attack.missing():
+            raise AttackInputError(f"attack {attack.name} is not installed: {attack.missing()}")
+    return chosen, reach
+
+
+def expected_passes(attacks: str, epsilons: Sequence[float], *, eight_bit: bool = False) -> int:
+    """Forward passes a sample at most, of a sweep with these attacks over these radii, as the attacks declare them.
+
+    Minimum-norm attacks once, fixed-epsilon attacks at every positive radius, verification and the clean pass
+    included. Most images cost less: what is decided is left out, and attacks stop where they succeed.
+    Errors: AttackInputError as in :func:`resolve`, and for radii that are not an increasing list.
+
+    >>> expected_passes("l2pgd", [0.0, 0.1, 0.2])
+    23
+    """
+    chosen, _ = resolve(attacks)
+    radii = int((check_epsilons(epsilons) > 0).sum())
+    runs = [attack.passes(eight_bit) * (radii if attack.kind == "fixed-epsilon" else 1) for attack in chosen]
+    # Two passes for the clean image: its prediction, and its gradient where a gradient-free attack is to be compared.
+    return sum(runs) + 1 + int(any(attack.gradient_free for attack in chosen))
 
 
 def _existing() -> str:
@@ -105,11 +139,12 @@ def _existing() -> str:
 
 def describe() -> list[dict[str, str | int]]:
     """One row an attack: name, kind, loss, cost (forward passes a sample; fixed-epsilon: at each epsilon), good_at,
-    and the sets that use it."""
+    the sets that use it, and the command that installs what it needs where that is missing."""
     return [
         {
             "name": attack.name, "kind": attack.kind, "loss": attack.loss, "cost": attack.cost,
             "good_at": attack.good_at, "sets": ", ".join(s.name for s in SETS.values() if attack.name in s.attacks),
+            "needs": attack.missing(),
         }
         for attack in ATTACKS.values()
     ]

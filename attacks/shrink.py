@@ -7,11 +7,12 @@ from torch import Tensor
 
 from attacks.victim import Victim, l2_norms, margins
 
+ROUNDS = 6  # forward passes a row at most
 AIM = 1e-3  # aim this far (of the clean margin) behind the boundary: a point on it would flip with rounding
 
 
 def shrink(
-    model: Victim, clean: Tensor, found: Tensor, labels: Tensor, start: Tensor, end: Tensor, rounds: int = 6
+    model: Victim, clean: Tensor, found: Tensor, labels: Tensor, start: Tensor, end: Tensor, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
     r"""A smaller adversarial :math:`x + t (x' - x)`, :math:`0 < t \le 1`, from a root of the margin along the segment.
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from attacks.contract import Attack, Problem, Progress
+from attacks.grid import check_grid
 from attacks.inputs import check_epsilons, check_images, check_indices, check_labels, check_radii, check_range
+from attacks.masking import dead_gradients, gradient_masking
 from attacks.sets import resolve
 from attacks.victim import AttackInputError, Victim
 
@@ -26,7 +28,8 @@ class SweepResult:
 
     ``samples``: index, label, prediction, adversarial_norm (0 where misclassified, inf where none was found), attack
     ("clean" and "" there). ``adversarials``: (N, C, H, W) float32 on the CPU, the clean image where none was found.
-    ``forward_passes`` and ``seconds``: per attack, verification included; "clean" is the clean prediction.
+    ``forward_passes`` and ``seconds``: per attack, verification included; "clean" is the clean prediction, "gradients"
+    the look for masked gradients. ``warnings``: one line each; of the logits' scale, of masked gradients.
     """
 
     epsilons: list[float]
@@ -56,13 +59,16 @@ def sweep(
     seed: int = 0,
     indices: Sequence[int] | Tensor | np.ndarray | None = None,
     progress: Progress | None = None,
+    eight_bit: bool = False,
 ) -> SweepResult:
     r"""Smallest adversarial :math:`\min \|x' - x\|_2` found of every image, enough to decide every epsilon.
 
     An image is *open* at epsilon while it is classified right, its certified radius is at most epsilon (with
     ``audit``: whatever its radius), and no adversarial of norm at most epsilon is known. Minimum-norm attacks run
     once on images open anywhere; fixed-epsilon attacks run from the smallest epsilon up on images open there.
-    Nothing about an image depends on the others, so leaving out the decided changes no verdict.
+    Nothing about an image depends on the others, so leaving out the decided changes no verdict. Attacks without
+    gradients run last: where they break what the others could not, a warning says "masked gradients".
+    With ``eight_bit`` only adversarials whose pixels are multiples of 1/255 count; the images must be on that grid.
 
     Shape: images (N, C, H, W) in [0, 1], labels (N,), certified_radii (N,) in pixels; epsilons increasing, in pixels.
     ``attacks`` is a set, a name, or a comma list. The model (in eval mode) stays where it is: ``device`` must be its.
@@ -80,17 +86,36 @@ def sweep(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AttackInputError(f"batch_size must be a positive integer, got {batch_size!r}")
     chosen, reach = resolve(attacks)
-    state = _Sweep(Victim(model), images, labels, places, torch.device(device), batch_size, int(seed), progress)
+    if eight_bit:
+        check_grid(images)
+        reach = float("inf")  # a minimum norm that rounding made longer does not say that none is near
+    options = _Options(torch.device(device), batch_size, int(seed), progress, eight_bit)
+    state = _Sweep(Victim(model), images, labels, places, options)
     with state.victim.frozen():
         state.predict()
         state.allowed = state.right[:, None] & (grid > 0)[None, :]
         if not audit:
             state.allowed &= ~(radii[:, None] > grid[None, :])
-        for attack in chosen:
-            if attack.kind == "minimum-norm":
-                state.attack(attack, np.any(state.open(grid), axis=1), None, attack.name)
-        _fixed_epsilon(state, [a for a in chosen if a.kind == "fixed-epsilon"], grid, reach)
-    return state.result(grid, _softmax_warnings(state, chosen))
+        started_open = np.any(state.open(grid), axis=1)
+        _run(state, [a for a in chosen if not a.gradient_free], grid, reach)
+        gradient_norms = state.norms.copy()
+        blind = [a for a in chosen if a.gradient_free]
+        _run(state, blind, grid, reach)
+        warnings = _softmax_warnings(state, chosen)
+        if blind and len(blind) < len(chosen):
+            dead = state.dead_gradients(started_open)
+            names = " or ".join(attack.name for attack in blind)
+            unbounded = any(a.kind == "minimum-norm" and not a.gradient_free for a in chosen)
+            warnings += gradient_masking(grid, gradient_norms, state.norms, started_open, dead, names, unbounded)
+    return state.result(grid, warnings)
+
+
+def _run(state: _Sweep, chosen: list[Attack], grid: np.ndarray, reach: float) -> None:
+    """Minimum-norm attacks once, then fixed-epsilon attacks, on what is open."""
+    for attack in chosen:
+        if attack.kind == "minimum-norm":
+            state.attack(attack, np.any(state.open(grid), axis=1), None, attack.name)
+    _fixed_epsilon(state, [a for a in chosen if a.kind == "fixed-epsilon"], grid, reach)
 
 
 def _fixed_epsilon(state: _Sweep, chosen: list[Attack], grid: np.ndarray, reach: float) -> None:
@@ -110,15 +135,23 @@ def _fixed_epsilon(state: _Sweep, chosen: list[Attack], grid: np.ndarray, reach:
                 state.attack(attack, active, float(epsilon), f"{attack.name} at {epsilon:.4g}")
 
 
+@dataclass(frozen=True)
+class _Options:
+    device: torch.device
+    batch_size: int
+    seed: int
+    progress: Progress | None
+    eight_bit: bool
+
+
 class _Sweep:
     """What is known of every image so far."""
 
     def __init__(
-        self, victim: Victim, images: Tensor, labels: Tensor, places: np.ndarray, device: torch.device,
-        batch_size: int, seed: int, progress: Progress | None,
+        self, victim: Victim, images: Tensor, labels: Tensor, places: np.ndarray, options: _Options
     ) -> None:
         self.victim, self.images, self.labels, self.places = victim, images.cpu(), labels.cpu(), places
-        self.device, self.batch_size, self.seed, self.progress = device, batch_size, seed, progress
+        self.options = options
         count = len(images)
         self.norms = np.full(count, np.inf)
         self.names = np.full(count, "", dtype=object)
@@ -136,7 +169,8 @@ class _Sweep:
     def predict(self) -> None:
         """Clean logits; misclassified images are decided."""
         started, before = time.perf_counter(), self.victim.passes
-        parts = [self.victim.verified_logits(part.to(self.device)).cpu() for part in self.images.split(self.batch_size)]
+        device, size = self.options.device, self.options.batch_size
+        parts = [self.victim.verified_logits(part.to(device)).cpu() for part in self.images.split(size)]
         self.logits = torch.cat(parts)
         check_range(self.labels, self.logits.shape[1])
         self.right = (self.logits.argmax(dim=1) == self.labels).numpy()
@@ -144,24 +178,36 @@ class _Sweep:
         self.passes["clean"] = self.victim.passes - before
         self.seconds["clean"] = time.perf_counter() - started
 
+    def dead_gradients(self, active: np.ndarray) -> np.ndarray:
+        """Of the active images, those where the margin's gradient is zero or not finite."""
+        started, before, device = time.perf_counter(), self.victim.passes, self.options.device
+        dead = np.zeros_like(active)
+        rows = torch.from_numpy(active.nonzero()[0])
+        for batch in rows.split(self.options.batch_size) if len(rows) else ():
+            found = dead_gradients(self.victim, self.images[batch].to(device), self.labels[batch].to(device))
+            dead[batch.numpy()] = found.cpu().numpy()
+        self.passes["gradients"] = self.victim.passes - before
+        self.seconds["gradients"] = time.perf_counter() - started
+        return dead
+
     def attack(self, attack: Attack, active: np.ndarray, epsilon: float | None, description: str) -> None:
         """Run one attack on the active images and keep what is smaller."""
         started, before = time.perf_counter(), self.victim.passes
-        rows = active.nonzero()[0]
-        for first in range(0, len(rows), self.batch_size):
-            batch = rows[first : first + self.batch_size]
+        rows, options, device = active.nonzero()[0], self.options, self.options.device
+        for first in range(0, len(rows), options.batch_size):
+            batch = rows[first : first + options.batch_size]
             problem = Problem(
-                model=self.victim, images=self.images[batch].to(self.device), labels=self.labels[batch].to(self.device),
-                logits=self.logits[batch].to(self.device), indices=torch.from_numpy(self.places[batch]),
-                best=self.adversarials[batch].to(self.device),
-                best_norm=torch.from_numpy(self.norms[batch]).to(self.device), epsilon=epsilon, seed=self.seed,
+                model=self.victim, images=self.images[batch].to(device), labels=self.labels[batch].to(device),
+                logits=self.logits[batch].to(device), indices=torch.from_numpy(self.places[batch]),
+                best=self.adversarials[batch].to(device), best_norm=torch.from_numpy(self.norms[batch]).to(device),
+                epsilon=epsilon, seed=options.seed, eight_bit=options.eight_bit,
             )
             found, norms = attack.run(problem)
             better = norms.cpu().numpy() < self.norms[batch]
             self.adversarials[batch[better]] = found.cpu()[torch.from_numpy(better)]
             self.norms[batch[better]], self.names[batch[better]] = norms.cpu().numpy()[better], attack.name
-            if self.progress is not None:
-                self.progress(description, first + len(batch), len(rows))
+            if options.progress is not None:
+                options.progress(description, first + len(batch), len(rows))
         self.passes[attack.name] = self.passes.get(attack.name, 0) + self.victim.passes - before
         self.seconds[attack.name] = self.seconds.get(attack.name, 0.0) + time.perf_counter() - started
 

@@ -21,7 +21,8 @@ class Victim:
 
     Shape: images (N, C, H, W) -> logits (N, K).
     Errors: AttackInputError if the model is a module in training mode, if its output is not an (N, K) float tensor
-    with K >= 2, or (from :meth:`verified_logits`) if it returns NaN or infinite logits for finite images.
+    with K >= 2, if it has no gradient where one is asked for, or (from :meth:`verified_logits`) if it returns NaN or
+    infinite logits for finite images.
 
     >>> victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval())
     >>> victim(torch.rand(5, 1, 2, 2)).shape, victim.passes
@@ -49,6 +50,10 @@ class Victim:
         if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
             raise AttackInputError(f"the model must return logits of shape ({len(images)}, classes) with at least"
                                    f" 2 classes, got {tuple(logits.shape)}")
+        if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            raise AttackInputError("the model's logits have no gradient with respect to the image, which this attack"
+                                   " follows; take out detach(), no_grad() and comparisons, or use an attack without"
+                                   " gradients: hopskipjump or square")
         return logits
 
     @torch.no_grad()

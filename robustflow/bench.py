@@ -172,6 +172,8 @@ def train_model(
         "data": {
             "dataset": images.name,
             "source": images.source,
+            "input_shape": list(images.input_shape),
+            "class_names": list(images.class_names),
             "train_n": len(images.splits["train"]),
             "validation_n": len(images.splits["validation"]),
             "sha256": pixels,
@@ -221,12 +223,21 @@ def locate(target: Path) -> tuple[Path, str | None]:
 
 
 def attack(
-    experiment: Experiment, out: Path, images: ImageSet, *, device: torch.device, only: str | None = None
+    experiment: Experiment,
+    out: Path,
+    images: ImageSet,
+    *,
+    device: torch.device,
+    only: str | None = None,
+    executor: str = "serial",
+    workers: int | None = None,
 ) -> int:
     """Attack every model on every split. Returns the number of alarms."""
     alarms = 0
     for _, subject in _subjects(experiment, out, images, only):
-        record = evaluation.attack_subject(subject, experiment.evaluate, seed=experiment.seed, device=device)
+        record = evaluation.attack_subject(
+            subject, experiment.evaluate, seed=experiment.seed, device=device, executor=executor, workers=workers
+        )
         alarms += len(record["alarms"])
     return alarms
 

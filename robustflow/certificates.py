@@ -8,7 +8,6 @@ stands for every ‖d‖ < r. This is the pairwise form of the margin bound of T
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from robustflow import peer_rules  # noqa: F401 - registers the peers' rules
+from robustflow.baking import baked_copy
 from robustflow.bounds import Account, LayerBound, account
 from robustflow.errors import UserError
 from robustflow.layer_rules import PLAIN_DTYPES, require_code_of, runs_code_of
@@ -66,9 +66,11 @@ class _Network:
 
 
 def certify(
-    module: nn.Module, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, batch_size: int = 256
+    module: nn.Module, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None, *, batch_size: int = 256
 ) -> Certificate:
     """Certified radii of ``images`` (n, …) in [0, 1] with ``labels`` (n,), for a classifier of known layers.
+
+    Without labels the prediction itself is certified, be it right or wrong.
 
     The module is a `Classifier`, or an ``nn.Sequential`` that ends in an ``nn.Linear`` (the head). It is copied to
     float64 on the CPU, left as it is, and must be in evaluation mode where that makes a difference. A mirror average
@@ -92,9 +94,10 @@ def certify(
         audit = Account((*audit.layers, LayerBound("mirror", "average", "mean over two isometric views", 1.0)))
     head, plan = _Head(network.head), Plan()
     radii, predictions = [], []
-    for x, y in zip(pixels.split(batch_size), truth.split(batch_size), strict=True):
-        z, error = _features(network, x.double(), plan)
-        prediction, radius = head.radii(z, error, y, audit.lipschitz)
+    for start in range(0, len(pixels), batch_size):
+        batch = slice(start, start + batch_size)
+        z, error = _features(network, pixels[batch].double(), plan)
+        prediction, radius = head.radii(z, error, None if truth is None else truth[batch], audit.lipschitz)
         predictions.append(prediction)
         radii.append(radius)
     mirror = ", features averaged over the image and its mirror image" if network.mirror else ""
@@ -143,9 +146,10 @@ class _Head:
         self.lengths = _row_lengths(self.weight) * (1 + INFLATION)
 
     @torch.no_grad()
-    def radii(self, z: Tensor, error: Tensor, label: Tensor, lipschitz: float) -> tuple[Tensor, Tensor]:
+    def radii(self, z: Tensor, error: Tensor, label: Tensor | None, lipschitz: float) -> tuple[Tensor, Tensor]:
         """(predictions, radii), every quotient rounded down; 0 where the margin is not positive or not finite."""
         logits = torch.nn.functional.linear(z, self.weight, self.bias)
+        label = logits.argmax(1) if label is None else label
         own = logits.gather(1, label[:, None])
         distances = self.distances[label]
         rows = torch.arange(len(label))
@@ -180,14 +184,11 @@ def _frozen(module: nn.Module) -> _Network:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path} is {kind}: cast the model first (module.float()), then that is what is certified")
     try:
-        frozen = copy.deepcopy(module)
+        frozen = baked_copy(module)
     except RuntimeError as error:
         raise UserError(
             f"the model cannot be copied ({str(error).splitlines()[0]}): detach its weights first"
         ) from None
-    for part in list(frozen.modules()):
-        for name in list(getattr(part, "parametrizations", {})) if parametrize.is_parametrized(part) else []:
-            parametrize.remove_parametrizations(part, name, leave_parametrized=True)
     frozen = frozen.to("cpu", torch.float64).requires_grad_(False)
     if isinstance(frozen, Classifier):
         require_code_of(frozen, Classifier, "the classifier")
@@ -224,10 +225,13 @@ def _linear_head(head: nn.Module) -> nn.Linear:
 
 
 def _checked(
-    images: Tensor | np.ndarray, labels: Tensor | np.ndarray, network: _Network, input_shape: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor]:
-    """Images (any floating dtype) and int64 labels on the CPU, or a UserError."""
-    pixels, truth = torch.as_tensor(images).detach().cpu(), torch.as_tensor(labels).detach().cpu()
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None,
+    network: _Network,
+    input_shape: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Images (any floating dtype) and int64 labels, if given, on the CPU, or a UserError."""
+    pixels = torch.as_tensor(images).detach().cpu()
     if pixels.ndim < 2 or len(pixels) == 0:
         raise UserError(f"images must be a batch (n, channels, height, width) with n >= 1, not {tuple(pixels.shape)}")
     if input_shape is not None and tuple(pixels.shape[1:]) != tuple(input_shape):
@@ -237,6 +241,9 @@ def _checked(
     # Written so that NaN fails, too.
     if not all(bool(((part >= 0) & (part <= 1)).all()) for part in pixels.split(1024)):
         raise UserError("images must lie in [0, 1], without NaN: scale them before certifying")
+    if labels is None:
+        return pixels, None
+    truth = torch.as_tensor(labels).detach().cpu()
     if truth.shape != (len(pixels),) or truth.is_floating_point() or truth.dtype == torch.bool:
         raise UserError(
             f"labels must be {len(pixels)} integers, one an image, not {tuple(truth.shape)} of {truth.dtype}"

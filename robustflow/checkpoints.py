@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -80,12 +80,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("robustflow", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes that a safetensors file declares, from its header alone.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -96,16 +112,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     tensors, _ = read_tensors(path)
     expected = model.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors or name not in expected:
-            where = "the checkpoint" if name not in tensors else "this model"
-            raise UserError(f"checkpoint {path} is of another architecture: {where} has no tensor {name}")
-        if tensors[name].shape != expected[name].shape:
-            found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+    check_architecture(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
+            found = str(tensor.dtype).removeprefix("torch.")
+            wanted = str(expected[name].dtype).removeprefix("torch.")
             raise UserError(f"checkpoint {path} is of another architecture: {name} is {found}, not {wanted}")
-        if not bool(torch.isfinite(tensors[name]).all()):
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise UserError(f"checkpoint {path} holds 8-bit floats in {name}: cast the weights before saving them")
+        if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"checkpoint {path} holds NaN or infinite values in {name}")
     model.load_state_dict(tensors)
+
+
+def check_architecture(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raise UserError unless the shapes found in a file are those of the model, which may be on the meta device."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes or name not in expected:
+            where = "the checkpoint" if name not in shapes else "this model"
+            shown = name if len(name) <= 120 else f"{name[:117]}..."
+            raise UserError(f"checkpoint {path} is of another architecture: {where} has no tensor {shown!r}")
+        if shapes[name] != expected[name]:
+            found, wanted = shapes[name], expected[name]
+            raise UserError(f"checkpoint {path} is of another architecture: {name} is {found}, not {wanted}")
 
 
 def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

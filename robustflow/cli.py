@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attacks
-from robustflow import bench, config, data, environment, evaluation, networks
+from robustflow import bench, config, data, environment, evaluate_command, evaluation, model_commands, models, networks
 from robustflow.config import Experiment
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
-from robustflow.measurements import PARTS, Request, measure
+from robustflow.measurements import FAMILIES, Request, measure
 from robustflow.report import build_report
 
 
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, help="output directory (default: runs/CONFIG)")
         sub.add_argument("--seed", type=_seed, help="instead of the config's seed")
         _add_machine(sub)
+        if name == "bench":
+            _add_executor(sub)
     for name, command, text in (
         ("certify", _certify, "certify the trained models of an output directory"),
         ("attack", _attack, "attack the certified models of an output directory"),
@@ -68,17 +70,24 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--explain", action="store_true", help=text)
         else:
             sub.add_argument("out", type=Path, metavar="OUT", help=place)
+            _add_executor(sub)
         _add_machine(sub)
+    sub = add("evaluate", _evaluate, "certify and attack a model of your own")
+    evaluate_command.add_options(sub)
+    _add_executor(sub)
     sub = add("report", _report, "rebuild summary, tables, plots and report.html from the rows of a directory")
     sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow bench`")
-    sub = add("measure", _measure, "measure what the project claims of its own certificates")
-    sub.add_argument("what", choices=("certificates",), help="what to measure")
+    sub = add("measure", _measure, "measure what the project claims of its own certificates and attacks")
+    sub.add_argument("what", choices=tuple(FAMILIES), help="what to measure")
     sub.add_argument("--out", type=Path, required=True, help="where the numbers, table.md and plots go")
-    sub.add_argument("--only", metavar="PARTS", help=f"measure these again, comma-separated: {','.join(PARTS)}")
+    parts = "; ".join(f"{name}: {','.join(family.parts)}" for name, family in FAMILIES.items())
+    sub.add_argument("--only", metavar="PARTS", help=f"measure these again, comma-separated ({parts})")
     sub.add_argument("--bench", type=Path, metavar="DIR", help="a benchmark directory whose models are measured, too")
     sub.add_argument("--data", type=Path, metavar="DIR", help="data directory of that benchmark")
-    sub = add("list", _list, "list models, attacks, datasets and configs")
-    sub.add_argument("what", nargs="?", choices=("models", "attacks", "datasets", "configs"), help="only these")
+    model_commands.register(add)
+    sub = add("list", _list, "list models, trained models, attacks, datasets and configs")
+    choices = ("models", "trained", "attacks", "datasets", "configs")
+    sub.add_argument("what", nargs="?", choices=choices, help="only these")
     return parser
 
 
@@ -86,6 +95,12 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="only this model of the config")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data directory (or $ROBUSTFLOW_DATA, or a cache)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def _add_executor(parser: argparse.ArgumentParser) -> None:
+    text = "where attacks run: in this process, in local processes, on a Ray cluster; the numbers are the same"
+    parser.add_argument("--executor", choices=("serial", "workers", "ray"), default="serial", help=text)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; on Ray all its CPUs)")
 
 
 def _seed(text: str) -> int:
@@ -117,7 +132,9 @@ def _bench(options: argparse.Namespace) -> int:
     experiment, out, images = _prepare(options)
     bench.train(experiment, out, images, device=device, only=options.model)
     bench.certify(experiment, out, images, only=options.model)
-    alarms = bench.attack(experiment, out, images, device=device, only=options.model)
+    alarms = bench.attack(
+        experiment, out, images, device=device, only=options.model, executor=options.executor, workers=options.workers
+    )
     if waiting := bench.unfinished(experiment, out):
         print(f"{out}: no report before {', '.join(waiting)} are done, too")
         return _verdict(alarms, out)
@@ -159,7 +176,17 @@ def _attack(options: argparse.Namespace) -> int:
     experiment, _ = bench.read_directory(options.out)
     evaluation.check_attacks(experiment.evaluate)
     images = bench.load_data(experiment, options.data)
-    return _verdict(bench.attack(experiment, options.out, images, device=device, only=options.model), options.out)
+    alarms = bench.attack(
+        experiment, options.out, images, device=device, only=options.model, executor=options.executor,
+        workers=options.workers,
+    )
+    return _verdict(alarms, options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    alarms, out = evaluate_command.run(options)
+    print(out)
+    return _verdict(alarms, out)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -169,7 +196,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     only = options.only.split(",") if options.only else None
-    table = measure(Request(options.out, options.bench, options.data), only)
+    table = measure(FAMILIES[options.what], Request(options.out, options.bench, options.data), only)
     print(table.read_text(encoding="utf-8"))
     return 0
 
@@ -187,6 +214,7 @@ def _attack_lines() -> Iterator[str]:
 def _list(options: argparse.Namespace) -> int:
     sections: dict[str, Callable[[], Iterator[str]]] = {
         "models": lambda: (f"{name:15} {text}" for name, text in networks.list_models().items()),
+        "trained": lambda: (f"{name:30} {path}" for name, path in models.list_trained().items()),
         "attacks": _attack_lines,
         "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
         "configs": lambda: (f"{name:15} {path}" for name, path in config.list_configs().items()),

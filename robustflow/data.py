@@ -170,7 +170,7 @@ def _digits(directory: Path | str | None) -> Arrays:
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int64)
     test = DIGITS_TEST
-    names = tuple(str(digit) for digit in range(10))
+    names = CLASS_NAMES["digits"]
     return pixels[:-test], labels[:-test], pixels[-test:], labels[-test:], names, "scikit-learn load_digits"
 
 
@@ -246,7 +246,11 @@ def _download(name: str, folder: Path, classes: int) -> Arrays:
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "cifar100": tuple(f"class {number}" for number in range(100)),
+    "digits": tuple(str(digit) for digit in range(10)),
 }
+
+# Of one image, (channels, height, width): what a model of these images takes, without the images at hand.
+INPUT_SHAPES: dict[str, tuple[int, int, int]] = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "digits": (1, 8, 8)}
 
 DATASETS: dict[str, Callable[[Path | str | None], Arrays]] = {
     "cifar10": _cifar("cifar10", 10),

@@ -7,9 +7,10 @@ found. The JSON file is written last and tells what its stage depended on; a sta
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 
 import attacks
 from robustflow import checkpoints, environment
+from robustflow.alarms import find_alarms
 from robustflow.certificates import certify
 from robustflow.config import EvaluateConfig
 from robustflow.data import ImageSet, Split
@@ -32,7 +34,9 @@ from robustflow.falsifier import falsify_network
 from robustflow.networks import Classifier
 
 # Raised whenever the numbers of a stage would come out differently from the same weights and images.
-CERTIFY_VERSION, ATTACK_VERSION = 1, 1
+CERTIFY_VERSION, ATTACK_VERSION = 1, 2
+# Images of one shard, and threads that attack it. Last bits depend on both, so neither is left to the machine.
+SHARD_SIZE, THREADS = 250, 1
 
 
 @dataclass(frozen=True)
@@ -142,33 +146,50 @@ def certify_subject(subject: Subject, *, batch_size: int = 250) -> dict[str, Any
     return record
 
 
+def attack_identity(record: dict[str, Any], config: EvaluateConfig, seed: int, device_type: str) -> str:
+    """What the verdicts of a certified model depend on, as a hash."""
+    options = [list(config.epsilons), list(config.attacks), config.audit, config.batch_size, seed, device_type]
+    # Only where it is on, so that results of before this option stay valid.
+    options += ["8 bit"] if config.eight_bit else []
+    return _hash([ATTACK_VERSION, record["certificate_identity"], *options])
+
+
 def attack_subject(
-    subject: Subject, config: EvaluateConfig, *, seed: int, device: torch.device, show_progress: bool = True
+    subject: Subject,
+    config: EvaluateConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    show_progress: bool = True,
+    executor: str = "serial",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Attack every image with every set, each on its own; keep the smallest adversarial of all.
 
     An image with an adversarial inside its certified ball is an alarm: re-checked in float64, saved, recorded.
+    Finished shards wait in shards/NAME/SET/ until all is done; where they run (``executor``, ``workers``) changes no
+    number, see `attacks.sharded_sweep`.
 
     Raises:
-        UserError: the split has not been certified, or the model cannot be attacked.
+        UserError: the split has not been certified.
+        attacks.AttackInputError: the model cannot be attacked, or not by this executor.
     """
     record = subject.record()
     if record.get("certificate_identity") != subject.certificate_identity():
         raise UserError(f"{subject.name} has no certificate for these images: run `robustflow certify` first")
-    options = [list(config.epsilons), list(config.attacks), config.audit, config.batch_size, seed, device.type]
-    identity = _hash([ATTACK_VERSION, record["certificate_identity"], *options])
+    identity = attack_identity(record, config, seed, device.type)
     if record.get("attack_identity") == identity and subject.rows_file.exists():
         return record
     rows = read_rows(subject.rows_file)[["index", "label", "prediction", "certified_radius"]]
     images, labels = subject.split.images().cpu(), subject.split.labels.cpu()
     model = subject.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    started = time.perf_counter()
-    passes: dict[str, int] = {}
+    shards = subject.folder / "shards" / subject.name
+    seconds, passes = 0.0, dict[str, int]()
     warnings: list[str] = []
     best, names, adversarials = np.full(len(labels), np.inf), np.full(len(labels), "", dtype=object), images.clone()
     for chosen in config.attacks:
-        with tqdm(desc=f"{subject.name}: {chosen}", disable=None if show_progress else True, unit="image") as bar:
-            result = attacks.sweep(
+        with tqdm(desc=f"{subject.name}: {chosen}", disable=None if show_progress else True, unit="pass") as bar:
+            result = attacks.sharded_sweep(
                 model,
                 images,
                 labels,
@@ -179,8 +200,15 @@ def attack_subject(
                 batch_size=config.batch_size,
                 device=device,
                 seed=seed,
+                eight_bit=config.eight_bit,
+                folder=shards / chosen,
+                shard_size=SHARD_SIZE,
+                threads=THREADS,
+                executor=executor,
+                workers=workers,
                 progress=_shown_on(bar, f"{subject.name}: {chosen}"),
             )
+        seconds += sum(result.seconds.values())
         norms = result.samples["adversarial_norm"].to_numpy()
         rows[f"norm_{chosen}"] = norms
         better = norms < best
@@ -188,55 +216,24 @@ def attack_subject(
         adversarials[torch.from_numpy(better)] = result.adversarials[torch.from_numpy(better)]
         passes |= {f"{chosen}: {name}": count for name, count in result.forward_passes.items()}
         warnings += [f"{chosen}: {warning}" for warning in result.warnings]
-    seconds = time.perf_counter() - started
     rows.insert(4, "adversarial_norm", best)
     rows.insert(5, "attack", names)
-    alarms = find_alarms(subject, rows, images, adversarials)
+    alarms = find_alarms(model, rows, images, adversarials, folder=subject.folder, name=subject.name)
     _write_examples(subject, rows, images, adversarials, config.examples)
     record |= {
         "seconds": {"certify": record["seconds"]["certify"], "attack": round(seconds, 3)},
         "forward_passes": passes,
         "warnings": warnings,
         "alarms": alarms,
-        "attack_environment": environment.describe(device),
+        "attack_environment": environment.describe(device) | {"threads": THREADS},
         "attack_seed": seed,
         "attack_identity": identity,
     }
     _write(subject, rows, record)
+    shutil.rmtree(shards)
+    with contextlib.suppress(OSError):  # others are still at work in it
+        shards.parent.rmdir()
     return record
-
-
-def find_alarms(subject: Subject, rows: pd.DataFrame, images: Tensor, adversarials: Tensor) -> list[dict[str, Any]]:
-    """Images whose smallest adversarial lies inside the certified ball, looked at again in float64."""
-    radius, norm = rows["certified_radius"].to_numpy(), rows["adversarial_norm"].to_numpy()
-    crossed = np.flatnonzero((radius > 0) & (norm <= radius))
-    alarms: list[dict[str, Any]] = []
-    if len(crossed):
-        exact = _float64_logits(subject.model, adversarials[torch.from_numpy(crossed)])
-    for place, index in enumerate(crossed):
-        distance = float((adversarials[index].double() - images[index].double()).norm())
-        confirmed = int(exact[place].argmax()) != int(rows["label"][index]) and distance <= float(radius[index])
-        file = f"{subject.name}.alarm-{index}.safetensors"
-        tensors = {"image": images[index], "adversarial": adversarials[index]}
-        checkpoints.write_tensors(subject.folder / file, tensors, {"index": int(index)})
-        alarms.append(
-            {
-                "index": int(index),
-                "certified_radius": float(radius[index]),
-                "adversarial_norm": float(norm[index]),
-                "attack": str(rows["attack"][index]),
-                "confirmed_in_float64": confirmed,
-                "file": file,
-            }
-        )
-    return alarms
-
-
-def _float64_logits(model: Classifier, images: Tensor) -> Tensor:
-    """Logits of a float64 copy on the CPU; the model itself is given back as it was."""
-    exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
-    with torch.no_grad():
-        return exact(images.cpu().double())
 
 
 def _write_examples(subject: Subject, rows: pd.DataFrame, images: Tensor, adversarials: Tensor, count: int) -> None:
@@ -283,9 +280,13 @@ def _write(subject: Subject, rows: pd.DataFrame, record: dict[str, Any]) -> None
 
 
 def _shown_on(bar: Any, title: str) -> Callable[[str, int, int], None]:
-    """A progress callback for a sweep: the bar follows the attack that runs."""
+    """A progress callback for a sweep in shards: the bar counts forward passes, and only this run's make its rate."""
+    started = False
 
     def show(text: str, done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            bar.initial, started = done, True
         bar.set_description(f"{title} · {text}", refresh=False)
         bar.total, bar.n = total, done
         bar.refresh()

@@ -73,6 +73,8 @@ class Classifier(nn.Module):
 
     def constrain_(self, *, exact: bool = False) -> None:
         """Bring every weight and step size back to its regime's constraint set; ``exact`` once training is done."""
+        if self.head.weight.is_meta:  # shapes only
+            return
         for module in self.modules():
             if module is not self and isinstance(module, Constrained):
                 module.constrain_(exact=exact)
@@ -197,11 +199,17 @@ def parameter_count(model: nn.Module) -> int:
 
 @torch.no_grad()
 def multiply_adds(model: Classifier) -> int:
-    """Multiplications paired with an addition in one forward pass of one image, as torch's counter sees them."""
+    """Multiplications paired with an addition in a forward pass, for one image more, as torch's counter sees them.
+
+    What a pass costs whatever its batch (`robustflow.peers` make kernels from weights) is not in it, nor is an FFT.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.input_shape, device=device))
+    totals = []
+    for images in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(images, *model.input_shape, device=device))
+        totals.append(counter.get_total_flops())
     model.train(was_training)
-    return counter.get_total_flops() // 2
+    return (totals[1] - totals[0]) // 2

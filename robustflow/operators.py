@@ -65,7 +65,7 @@ class Convolution(nn.Module):
     @torch.no_grad()
     def constrain_(self, *, exact: bool = False, iterations: int = 1) -> None:
         """Divide the kernel by its spectral norm: an estimate, or, if ``exact``, a proved upper bound."""
-        if self.image_size is None:
+        if self.image_size is None or self.weight.is_meta:  # on "meta" a network has shapes only
             return
         if exact:
             bound = norms.conv2d_norm(self.weight.double().cpu(), self.image_size, padding=self.padding)
@@ -85,7 +85,8 @@ class Convolution(nn.Module):
 def _convolution_is_faster(x: Tensor) -> bool:
     """Whether patches go through a convolution or a matrix product; the two differ in rounding alone.
 
-    On a CPU float32 convolutions are the faster ones (by a fifth), bfloat16 and float64 ones the slower (half the speed).
+    On a CPU float32 convolutions are the faster ones (by a fifth), bfloat16 and float64 ones the slower (half the
+    speed).
     """
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
@@ -120,9 +121,11 @@ class PatchConvolution(nn.Module):
         if _convolution_is_faster(x):
             return F.conv2d(x, self._kernel(), bias, stride=self.patch)
         p, (batch, channels, height, width) = self.patch, x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(batch, height // p, p, width // p, p, channels)
-        rows = rows.transpose(2, 3).reshape(batch, height // p, width // p, -1)
-        return F.linear(rows, self._matrix(), bias).permute(0, 3, 1, 2)
+        # Like a convolution, without the pixels at the far edges that no patch covers.
+        rows, columns = height // p, width // p
+        x = x[:, :, : rows * p, : columns * p].permute(0, 2, 3, 1).reshape(batch, rows, p, columns, p, channels)
+        x = x.transpose(2, 3).reshape(batch, rows, columns, -1)
+        return F.linear(x, self._matrix(), bias).permute(0, 3, 1, 2)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Wᵀ on every patch and the grid shifted back."""
@@ -174,4 +177,6 @@ class UnitRowLinear(nn.Linear):
 
     @torch.no_grad()
     def constrain_(self, *, exact: bool = False) -> None:
+        if self.weight.is_meta:
+            return
         self.weight.div_(self.weight.norm(dim=1, keepdim=True).clamp_min(1e-12))

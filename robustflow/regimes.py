@@ -8,11 +8,12 @@
 | prescribed | x + h_E Wᵀσ(Wx + v), then x − h_C Aᵀσ(Ax + b), h fixed | √(1 − h_C + h_C²)(1 + h_E) ≤ 1, AᵀA = I |
 | sharp | the same pair, h learned | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
 | flexible | x − h Aᵀσ(Ax + b), h of either sign | the product of all layers' constants ≤ 1, AᵀA = I |
+| cpl, sll, aol, cayley | what others use: `robustflow.peers` | ‖layer‖ ≤ 1, by their parametrisations |
 
-σ is a leaky ReLU with slopes in [a, 1], a = ½ in the last three. All but one are the classifiers of Celledoni et al.,
-arXiv 2210.02373; *sharp* replaces their bound of the contractive step by its exact constant. All three of the last
-regimes need AᵀA = I exactly: with only ‖A‖ ≤ 1 a contractive step need not contract at all (a direction with Ax = 0
-stays as it is), and the expansion before it is then not made up for. Hence they use patch kernels for A.
+σ is a leaky ReLU with slopes in [a, 1], a = ½ in prescribed, sharp and flexible. The first six but *sharp* are the
+classifiers of Celledoni et al., arXiv 2210.02373; *sharp* replaces their bound of the contractive step by its exact
+constant. These three need AᵀA = I exactly: with only ‖A‖ ≤ 1 a contractive step need not contract at all (a direction
+with Ax = 0 stays as it is), and the expansion before it is then not made up for. Hence they use patch kernels for A.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import nn
 from robustflow.errors import UserError
 from robustflow.fields import GradientField, Operator, TwoKernelField
 from robustflow.operators import Convolution, PatchConvolution
+from robustflow.peers import AOLConvolution, CayleyConvolution, MaxMin, SLLStep
 from robustflow.steps import AveragedStep, EulerStep
 
 PAIR_SLOPE = 0.5
@@ -79,6 +81,8 @@ class Pair(nn.Sequential):
     def constrain_(self, *, exact: bool = False) -> None:
         """Clamp h_C to [0, 4/3], or to where it does not expand, and then h_E to what the inequality leaves."""
         expansive, contractive = self.step_sizes
+        if expansive.is_meta:  # shapes only
+            return
         h = min(max(float(contractive), 0.0), 4 / 3)
         # The paper's bound exceeds 1 beyond h = 2a, where no expansion could bring the product back to 1.
         contractive.fill_(2 * PAIR_SLOPE if self._contraction(h, PAIR_SLOPE) > 1 else h)
@@ -170,6 +174,11 @@ class BlockShape:
         shift = 0 if self.image_size == (patch, patch) else (index % 2) * (patch // 2)
         return PatchConvolution(self.channels, self.channels * patch * patch, patch, shift)
 
+    @property
+    def reach(self) -> int:
+        """The size of a zero-padded or circular kernel: on a single pixel, the matrix in its middle is all there is."""
+        return 1 if self.image_size == (1, 1) else self.kernel_size
+
     def free(self) -> Operator:
         return Convolution(self.channels, self.channels, self.kernel_size)
 
@@ -217,6 +226,29 @@ def _flexible(shape: BlockShape, index: int) -> nn.Module:
     return EulerStep(field, 4 / 3 if index % 2 else -1.0)
 
 
+def _cpl(shape: BlockShape, index: int) -> nn.Module:
+    operator = Convolution(shape.channels, shape.channels, shape.reach, image_size=shape.image_size)
+    return EulerStep(GradientField(operator, slope=0.0, sign=-1), 2.0, learned=False)
+
+
+def _sll(shape: BlockShape, index: int) -> nn.Module:
+    return SLLStep(shape.channels, shape.reach)
+
+
+def _aol(shape: BlockShape, index: int) -> nn.Module:
+    return nn.Sequential(AOLConvolution(shape.channels, shape.channels, shape.reach), _paired("aol", shape))
+
+
+def _cayley(shape: BlockShape, index: int) -> nn.Module:
+    return nn.Sequential(CayleyConvolution(shape.channels, shape.reach), _paired("cayley", shape))
+
+
+def _paired(regime: str, shape: BlockShape) -> MaxMin:
+    if shape.channels % 2:
+        raise UserError(f"{regime} pairs channels in MaxMin: channels and dense must be even, not {shape.channels}")
+    return MaxMin()
+
+
 REGIMES: dict[str, Regime] = {
     regime.name: regime
     for regime in (
@@ -226,5 +258,9 @@ REGIMES: dict[str, Regime] = {
         Regime("prescribed", "expansive/contractive pairs under √(1 − h_C + h_C²)(1 + h_E) ≤ 1", True, 2, _prescribed),
         Regime("flexible", "signed steps; only the product of all constants is at most 1", True, 1, _flexible, True),
         Regime("sharp", "pairs under the exact constant max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1", True, 2, _sharp),
+        Regime("cpl", "peer: convex potential steps x − 2Wᵀ ReLU(Wx + b)/‖W‖² (Meunier et al. 2022)", True, 1, _cpl),
+        Regime("sll", "peer: x − 2Wᵀ T⁻¹ ReLU(Wx + b), T from row sums of |WWᵀ| (Araujo et al. 2023)", True, 1, _sll),
+        Regime("aol", "peer: almost-orthogonal convolutions and MaxMin (Prach & Lampert 2022)", True, 1, _aol),
+        Regime("cayley", "peer: Cayley-orthogonal convolutions and MaxMin (Trockman & Kolter 2021)", True, 1, _cayley),
     )
 }

@@ -68,7 +68,7 @@ class Plan:
         key = (id(module), shape)
         if key not in self.known:
             constant = lipschitz_of(module, shape)
-            self.known[key] = (type(module).__name__, constant, _rule(module, shape, constant))
+            self.known[key] = (type(module).__name__, constant, rounding_of(module, shape, constant))
         return self.known[key][1:]
 
     def assumed(self) -> list[str]:
@@ -126,7 +126,7 @@ def _forward(
     return out, (constant * error + local) * (1 + 1e-9), length
 
 
-def _rule(module: nn.Module, shape: Shape, constant: float) -> Rounding:
+def rounding_of(module: nn.Module, shape: Shape, constant: float) -> Rounding:
     known = next((base for base in type(module).__mro__ if base in _rounding.registry), object)
     if known is not object and runs_code_of(module, known):
         return _rounding(module, shape, constant)
@@ -296,4 +296,4 @@ def _(module: AveragedStep, shape: Shape, constant: float) -> Rounding:
     return _step(module.field, shape, 0.5)
 
 
-__all__ = ["Plan", "Rounding", "forward_with_error", "gamma", "lengths", "register_rounding"]
+__all__ = ["Plan", "Rounding", "forward_with_error", "gamma", "lengths", "register_rounding", "rounding_of"]

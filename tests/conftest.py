@@ -213,3 +213,31 @@ def alarm() -> Callable[[Path, str], None]:
         write_json(folder / f"{name}.json", model_card(name, 0.98, alarms=[found]))
 
     return plant
+
+
+@pytest.fixture
+def make_trained() -> Callable[..., Path]:
+    """A directory OUT/models/NAME of a small network on digits, as `robustflow train` leaves it, but not trained."""
+
+    def make(out: Path, regime: str = "sharp", *, name: str | None = None, **network: Any) -> Path:
+        import torch
+
+        from robustflow import checkpoints, create_model
+        from robustflow.config import ModelConfig
+
+        options = {"channels": (4, 8), "layers": 2} | network
+        folder = out / "models" / (name or regime)
+        config = ModelConfig.model_validate(
+            {"name": folder.name, "regime": regime, "network": options, "train": {"epochs": 1}}
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            sizes = config.network.model_dump(exclude={"normalize"})
+            model = create_model(regime, input_shape=(1, 8, 8), mean=(0.3,), std=(0.5,), **sizes)
+            model.constrain_(exact=True)
+        checkpoints.write_tensors(folder / "model.safetensors", model.state_dict())
+        changes = {"config": config.model_dump(mode="json"), "sha256": checkpoints.sha256(folder / "model.safetensors")}
+        write_json(folder / "card.json", card(folder.name, regime, **changes))
+        return folder
+
+    return make

@@ -73,7 +73,8 @@ def test_only_the_evaluation_and_the_command_line_attack() -> None:
         for name, path in MODULES.items()
         if not name.startswith("attacks") and any(used.split(".")[0] == "attacks" for used in imported(path))
     }
-    assert users == {"robustflow.cli", "robustflow.evaluation"}
+    measured = {f"robustflow.measurements.{name}" for name in ("attack_sets", "attack_workers", "plain_foolbox")}
+    assert users == {"robustflow.bracket", "robustflow.cli", "robustflow.evaluation"} | measured
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

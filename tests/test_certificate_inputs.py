@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,3 +100,15 @@ def test_parametrised_weights_are_certified_as_stored() -> None:
     x = torch.rand(10, 1, 2, 2)
     labels = plain(x).argmax(1)
     np.testing.assert_array_equal(certify(net, x, labels).radii, certify(plain, x, labels).radii)
+
+
+@pytest.mark.parametrize("kind", [parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_certifying_a_parametrised_network_leaves_it_as_it_is(kind: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), kind(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+    images = torch.rand(3, 1, 2, 2)
+    before, names = net(images), [name for name, _ in net.named_parameters()]
+    certify(net, images)
+    assert torch.equal(net(images), before)
+    assert [name for name, _ in net.named_parameters()] == names
+    net(images).sum().backward()  # and it can still be trained

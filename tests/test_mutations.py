@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustflow import bounds, certificates, layer_rules, norms, rounding, spectra, step_rules
+from robustflow import bounds, certificates, layer_rules, norms, peers, rounding, spectra, step_rules
 from robustflow.layer_rules import LayerBound
 from robustflow.operators import Convolution
+from robustflow.peers import AOLConvolution, CayleyConvolution, SLLStep, absolute_gram
 
 
 def _tests_of(name: str) -> Any:
@@ -34,7 +35,7 @@ def _tests_of(name: str) -> Any:
 norm_tests, bound_tests = _tests_of("test_norms"), _tests_of("test_bounds")
 layer_tests, step_tests = _tests_of("test_layer_rules"), _tests_of("test_step_rules")
 radius_tests, falsifier_tests = _tests_of("test_certificates"), _tests_of("test_falsifier")
-rounding_tests = _tests_of("test_rounding")
+rounding_tests, peer_tests = _tests_of("test_rounding"), _tests_of("test_peers")
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +179,71 @@ def test_a_layer_used_twice_counted_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rounding_inside_a_step_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_inner_error", lambda inner, hidden, size, bias: 0.0)
     caught_by(rounding_tests.check_long_sums_inside_a_step)
+
+
+def test_aol_without_its_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AOLConvolution, "_kernel", lambda self: self.weight)
+    caught_by(peer_tests.check_aol)
+
+
+def test_aol_with_the_row_sums_of_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: AOLConvolution) -> Tensor:
+        rows = absolute_gram(self.weight.transpose(0, 1)).sum(1)
+        return self.weight * rows.rsqrt()[: self.in_channels, None, None].mean()
+
+    monkeypatch.setattr(AOLConvolution, "_kernel", wrong)
+    caught_by(peer_tests.check_aol)
+
+
+def test_sll_that_forgets_to_divide_by_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: SLLStep) -> tuple[Tensor, Tensor]:
+        t = absolute_gram(self.weight.transpose(0, 1)) @ self.log_q.exp()
+        return self.weight * t.rsqrt().view(-1, 1, 1, 1), self.bias * t.rsqrt()
+
+    monkeypatch.setattr(SLLStep, "_kernel", wrong)
+    caught_by(peer_tests.check_sll)
+
+
+def test_row_sums_at_one_displacement_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(kernel: Tensor) -> Tensor:
+        rows = kernel.transpose(0, 1).flatten(1)
+        return (rows @ rows.T).abs()
+
+    monkeypatch.setattr(peers, "absolute_gram", wrong)
+    caught_by(peer_tests.check_aol, peer_tests.check_sll)
+
+
+def test_cayley_with_zero_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The orthogonal map of a larger torus, cut down to the image: it never expands, and is not orthogonal."""
+    right = CayleyConvolution.forward
+
+    def cut(self: CayleyConvolution, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return right(self, F.pad(x, (0, 2, 0, 2)))[..., :height, :width]
+
+    monkeypatch.setattr(CayleyConvolution, "forward", cut)
+    caught_by(peer_tests.check_cayley)
+
+
+def test_cayley_with_a_transpose_for_an_adjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = CayleyConvolution._skew
+
+    def transposed(self: CayleyConvolution, height: int, width: int) -> Tensor:
+        skew = right(self, height, width)
+        return torch.complex(skew.real, skew.imag - 2 * skew.imag.triu(1))
+
+    monkeypatch.setattr(CayleyConvolution, "_skew", transposed)
+    caught_by(peer_tests.check_cayley)
+
+
+def test_cayley_that_forgets_the_middle_frequency_of_even_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = CayleyConvolution._kernel
+
+    def forgets(self: CayleyConvolution, height: int, width: int) -> Tensor:
+        kernel = right(self, height, width).view(height, width // 2 + 1, self.channels, self.channels).clone()
+        if width % 2 == 0:
+            kernel[:, -1] = torch.eye(self.channels) / 2
+        return kernel.flatten(0, 1)
+
+    monkeypatch.setattr(CayleyConvolution, "_kernel", forgets)
+    caught_by(peer_tests.check_cayley)

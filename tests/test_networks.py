@@ -8,20 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from robustflow import config, create_model, list_models
 from robustflow.baselines import Residual
 from robustflow.errors import UserError
 from robustflow.networks import RESNET, Classifier, Normalize, multiply_adds, parameter_count
 from robustflow.operators import Convolution, PatchConvolution
+from robustflow.peers import AOLConvolution, CayleyConvolution, SLLStep
 from robustflow.regimes import REGIMES
 
 PAPER_FIVE = ("unconstrained", "naive", "nonexpansive", "prescribed", "flexible")
 
 
-def test_models_are_the_paper_s_five_sharp_and_the_modern_baseline() -> None:
-    assert set(list_models()) == {*PAPER_FIVE, "sharp", "resnet"}
+PEERS = ("cpl", "sll", "aol", "cayley")
+
+
+def test_models_are_the_paper_s_five_sharp_the_peers_and_the_modern_baseline() -> None:
+    assert set(list_models()) == {*PAPER_FIVE, "sharp", *PEERS, "resnet"}
     assert all(list_models().values())
 
 
@@ -54,8 +58,19 @@ def test_mirror_averages_the_features_in_evaluation_only() -> None:
 
 
 def counted(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds from the shapes that really pass through: every application of every linear map."""
+    """Multiply-adds from the shapes that really pass through: every application of every linear map.
+
+    Of a Cayley convolution the counter sees one complex matrix for each frequency of half a torus, not its FFT.
+    """
     total = 0
+
+    def peer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        height, width = output.shape[2:]
+        if isinstance(layer, CayleyConvolution):
+            total += height * (width // 2 + 1) * layer.channels**2
+        else:
+            total += (2 if isinstance(layer, SLLStep) else 1) * height * width * layer.weight.numel()
 
     def conv(layer: Convolution | PatchConvolution, pixels: int) -> None:
         nonlocal total
@@ -76,8 +91,15 @@ def counted(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
         for kind in (Convolution, PatchConvolution):
             patch.setattr(kind, "forward", forward)
             patch.setattr(kind, "adjoint", adjoint)
+        hooks = [
+            module.register_forward_hook(peer)
+            for module in model.modules()
+            if isinstance(module, (AOLConvolution, CayleyConvolution, SLLStep))
+        ]
         with torch.no_grad():
             model.eval()(torch.zeros(1, *input_shape))
+        for hook in hooks:
+            hook.remove()
     return total + model.head.weight.numel()  # type: ignore[union-attr]
 
 
@@ -101,7 +123,7 @@ def test_multiply_adds_by_hand() -> None:
 
 @pytest.mark.parametrize("regime", list(REGIMES))
 def test_multiply_adds_of_every_regime(regime: str) -> None:
-    model = create_model(regime, input_shape=(3, 8, 8), channels=(2, 3), layers=2)
+    model = create_model(regime, input_shape=(3, 8, 8), channels=(2, 4), layers=2)
     assert multiply_adds(model) == counted(model, (3, 8, 8))
 
 
@@ -141,6 +163,8 @@ def test_any_size_that_fits(
     if free:
         kernel, lift, dense = "convolution", "convolution", 0
     dense = dense if size[0] == size[1] else 0
+    if regime in ("aol", "cayley"):  # MaxMin pairs channels
+        blocks, dense = [2 * channels for channels in blocks], 2 * dense
     model = create_model(
         regime, input_shape=(colours, *size), classes=classes, channels=blocks, layers=layers, kernel=kernel, lift=lift,
         kernel_size=kernel_size, dense=dense, dense_layers=2 if dense else 0, mirror=mirror,
@@ -166,6 +190,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("flexible", {"input_shape": (1, 8, 16), "dense": 3}, "square"),
     ("unconstrained", {"kernel": "patch"}, "free convolutions"),
     ("unconstrained", {"dense": 3}, "free convolutions"),
+    ("aol", {"channels": (3,)}, "even, not 3"),
+    ("cayley", {"dense": 5, "dense_layers": 2}, "even, not 5"),
+    ("sll", {"kernel_size": 2}, "odd"),
     (RESNET, {"channels": (2, 2, 2, 2, 2)}, "too many"),
 ]
 

@@ -34,7 +34,7 @@ CASES.append(("unconstrained", "convolution"))
 def small(regime: str, kernel: str, *, seed: int = 0, size: int = 8, layers: int = 4) -> Classifier:
     torch.manual_seed(seed)
     return create_model(
-        regime, input_shape=(1, size, size), classes=3, channels=(2, 3), layers=layers, kernel=kernel, lift=kernel
+        regime, input_shape=(1, size, size), classes=3, channels=(2, 4), layers=layers, kernel=kernel, lift=kernel
     )
 
 
@@ -94,6 +94,9 @@ def test_step_sizes_keep_their_regime_s_inequality(regime: str, kernel: str) -> 
             sizes = [module.step_size.item() for module in model.modules() if isinstance(module, EulerStep)]
             assert len(sizes) == 8
             assert math.prod(max(1 - h / 2, h - 1) if h >= 0 else 1 - h for h in sizes) <= 1
+        elif regime == "cpl":
+            sizes = [module.step_size.item() for module in model.modules() if isinstance(module, EulerStep)]
+            assert sizes == [2.0] * 8
         else:
             assert not any(isinstance(module, EulerStep) for module in model.modules())
 
@@ -217,7 +220,7 @@ def test_gradients_reach_every_parameter(regime: str, kernel: str) -> None:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert bool(fixed) == (regime in ("prescribed", "unconstrained"))
+    assert bool(fixed) == (regime in ("prescribed", "unconstrained", "cpl"))
     assert all(name.endswith("step_size") for name in fixed)
 
 

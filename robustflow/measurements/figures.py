@@ -1,29 +1,13 @@
-"""Plots of the measurements, each from the JSON of its part alone."""
+"""Plots of `robustflow measure certificates`, each from the JSON of its part alone."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from robustflow import checkpoints
-from robustflow.style import DASHES, GREY, INK, WIDTH, colour, house_style, png
-
-Part = dict[str, Any]
-
-
-def write_figures(folder: Path, results: dict[str, Part]) -> None:
-    """One PNG for every part that has been measured."""
-    for name, part in results.items():
-        with house_style():
-            figure = FIGURES[name](part)
-            content = png(figure)
-        with checkpoints.replacing(folder / f"{name}.png") as partial:
-            partial.write_bytes(content)
+from robustflow.measurements.family import Record
+from robustflow.style import DASHES, GREY, INK, WIDTH, colour
 
 
 def _figure(columns: int, height: float, *, share_y: bool = True) -> tuple[Figure, list[Axes]]:
@@ -32,7 +16,7 @@ def _figure(columns: int, height: float, *, share_y: bool = True) -> tuple[Figur
     return figure, list(axes.flat)
 
 
-def tightness(part: Part) -> Figure:
+def tightness(part: Record) -> Figure:
     """A row a method: least, median and most of value over true norm; hollow where the value is no bound."""
     methods = list(part["is_bound"])
     figure, axes = _figure(len(part["summary"]), 3.4)
@@ -65,7 +49,7 @@ def tightness(part: Part) -> Figure:
     return figure
 
 
-def cost(part: Part) -> Figure:
+def cost(part: Record) -> Figure:
     """Multiples of one float64 convolution of 100 images, against channels and against image size."""
     figure, axes = _figure(2, 3.6)
     titles = {"channels": "channels (32×32 images)", "image size": "image height = width (32 channels)"}
@@ -94,7 +78,7 @@ def cost(part: Part) -> Figure:
     return figure
 
 
-def share(part: Part) -> Figure:
+def share(part: Record) -> Figure:
     """What certifying adds to one float64 forward pass, in percent of it."""
     figure, (ax,) = _figure(1, 1.2 + 0.5 * len(part["rows"]))
     for row, entry in enumerate(part["rows"]):
@@ -112,7 +96,7 @@ def share(part: Part) -> Figure:
     return figure
 
 
-def gains(part: Part) -> Figure:
+def gains(part: Record) -> Figure:
     """The two gains of every model, as factors of the radius."""
     kinds = {
         "median_gain_of_exact_constant": "exact constant instead of √(1 − 2ah + h²)",
@@ -143,7 +127,7 @@ def _factor(value: float) -> str:
     return f"{value:,.0f}×" if value >= 100 else f"{value:.3g}×"
 
 
-def campaign(part: Part) -> Figure:
+def campaign(part: Record) -> Figure:
     """The closest observed/claimed of every regime, for networks and for their layers."""
     figure, (ax,) = _figure(1, 3.4)
     kinds = {
@@ -168,12 +152,3 @@ def campaign(part: Part) -> Figure:
     ax.set_xlabel("closest observed expansion / claimed bound (beyond 1 the claim is refuted)")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
-FIGURES: dict[str, Callable[[Part], Figure]] = {
-    "tightness": tightness,
-    "cost": cost,
-    "share": share,
-    "gains": gains,
-    "campaign": campaign,
-}

@@ -1,37 +1,11 @@
-"""The measurements as one Markdown page."""
+"""What the page of `robustflow measure certificates` says of each part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from robustflow import checkpoints
-
-Part = dict[str, Any]
+from robustflow.measurements.family import Record, markdown_table
 
 
-def write_table(path: Path, results: dict[str, Part]) -> Path:
-    """Rewrite table.md from the parts that have been measured."""
-    blocks = ["# Certificates, measured\n"]
-    for name, part in results.items():
-        title, section = SECTIONS[name]
-        machine = part["environment"]
-        blocks.append(f"## {title}\n\n{section(part)}\n\n![{title}](plots/{name}.png)\n")
-        blocks.append(
-            f"`{part['command']}`, {part['seconds']:.0f} s on {machine['cpu']} ({machine['threads']} thread), "
-            f"torch {machine['versions']['torch']}. Every number: [{name}.json]({name}.json).\n"
-        )
-    checkpoints.write_text(path, "\n".join(blocks))
-    return path
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _tightness(part: Part) -> str:
+def tightness(part: Record) -> str:
     families = part["summary"]
     rows = [
         [method, "yes" if bound else "no"]
@@ -46,10 +20,10 @@ def _tightness(part: Part) -> str:
         f"size gives {small['FFT at the image size']:.3f} for [−1, 2, −1] on three pixels, the embedding bound "
         f"{small['embedding (ours)']:.3f}.\n\n"
     )
-    return text + _table(header, rows)
+    return text + markdown_table(header, rows)
 
 
-def _cost(part: Part) -> str:
+def cost(part: Record) -> str:
     rows = [
         [f"{row['channels']}", f"{row['image']}×{row['image']}", f"{row['forward_100_images']:.3g} s"]
         + [f"{value:.2g}" for value in row["of_forward"].values()]
@@ -57,10 +31,10 @@ def _cost(part: Part) -> str:
     ]
     header = ["channels", "image", "100 images forward", *part["rows"][0]["of_forward"]]
     text = "CPU time of one bound, in convolutions of 100 images with the same kernel in float64, same run.\n\n"
-    return text + _table(header, rows)
+    return text + markdown_table(header, rows)
 
 
-def _share(part: Part) -> str:
+def share(part: Record) -> str:
     rows = [
         [
             row["network"],
@@ -72,10 +46,10 @@ def _share(part: Part) -> str:
         for row in part["rows"]
     ]
     header = ["network", "images", "one float64 forward pass", "certifying (with it)", "on top"]
-    return f"Goal: below {100 * part['goal']:.0f} % on top.\n\n" + _table(header, rows)
+    return f"Goal: below {100 * part['goal']:.0f} % on top.\n\n" + markdown_table(header, rows)
 
 
-def _gains(part: Part) -> str:
+def gains(part: Record) -> str:
     rows = [
         [
             row["model"],
@@ -94,10 +68,10 @@ def _gains(part: Part) -> str:
         "where it does not apply both sides take ours. *Prescribed* is trained under the published inequality; "
         "*sharp* and *flexible* take steps that it would never allow.\n\n"
     )
-    return text + _table(header, rows)
+    return text + markdown_table(header, rows)
 
 
-def _campaign(part: Part) -> str:
+def campaign(part: Record) -> str:
     rows = [
         [
             regime,
@@ -112,18 +86,9 @@ def _campaign(part: Part) -> str:
     header = ["regime", "networks", "random pairs", "searched pairs", "violations", "closest random",
               "closest searched", "closest layer"]  # fmt: skip
     text = "Networks with random weights, biases and admissible step sizes; observed over claimed expansion.\n\n"
-    return text + _table(header, rows)
+    return text + markdown_table(header, rows)
 
 
-def _all(part: Part) -> Part:
+def _all(part: Record) -> Record:
     kinds = ("closest_random", "closest_searched", "closest_layer")
     return part["total"] | {kind: max(entry[kind] for entry in part["regimes"].values()) for kind in kinds}
-
-
-SECTIONS: dict[str, tuple[str, Callable[[Part], str]]] = {
-    "tightness": ("Tightness of norm bounds", _tightness),
-    "cost": ("Cost of norm bounds", _cost),
-    "share": ("The share of certifying in an evaluation", _share),
-    "gains": ("What sharper constants gain", _gains),
-    "campaign": ("Attempts to falsify", _campaign),
-}

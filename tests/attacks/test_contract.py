@@ -207,6 +207,36 @@ def test_a_wrong_declaration_is_refused() -> None:
         register(attack)
 
 
+def test_expected_passes_are_what_a_sample_can_cost_at_most() -> None:
+    def linear(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return images.flatten(1)[:, :4] @ (torch.eye(4) + 0.3 * torch.eye(4).roll(1, 0))
+
+    images = 0.4 + 0.2 * torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    for eight_bit in (False, True):
+        if eight_bit:
+            images = (images * 255).round() / 255
+        labels = linear(images).argmax(dim=1)
+        for names in ("standard", "paper", "fmn", "margin-pgd-long", "ddn,targeted-pgd"):
+            for grid in ([0.0, 1e-4, 2e-4], [0.0, 0.01, 0.02, 0.05]):
+                calls.clear()
+                result = sweep(linear, images, labels, grid, names, eight_bit=eight_bit)
+                bound = attacks.expected_passes(names, grid, eight_bit=eight_bit)
+                assert sum(calls) == sum(result.forward_passes.values())
+                assert sum(calls) <= 10 * bound, names
+                if grid[1] == 1e-4 and names == "paper":
+                    assert sum(calls) > 0.9 * 10 * bound
+    assert attacks.expected_passes("ddn", [0.0, 0.1]) == attacks.expected_passes("ddn", [0.1, 0.2])
+    one, two = (attacks.expected_passes("margin-pgd", grid) for grid in ([0.1], [0.1, 0.2]))
+    assert two - 1 == 2 * (one - 1)
+    for wrong in ("nothing", ""):
+        with pytest.raises(AttackInputError):
+            attacks.expected_passes(wrong, [0.1])
+    with pytest.raises(AttackInputError, match="more than once"):
+        attacks.expected_passes("ddn", [0.1, 0.1])
+
+
 def test_frozen_restores_the_parameters_even_after_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Linear(2, 2)).eval()
     model[2].weight.requires_grad_(False)

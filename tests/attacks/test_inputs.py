@@ -17,8 +17,10 @@ def linear(images: Tensor) -> Tensor:
     return images.flatten(1)[:, :3]
 
 
+IMAGES = torch.rand(4, 1, 2, 2)
+# Classified right, so that every attack has something to do.
 GOOD: dict[str, Any] = {
-    "model": linear, "images": torch.rand(4, 1, 2, 2), "labels": torch.tensor([0, 1, 2, 0]), "epsilons": [0.1, 0.2],
+    "model": linear, "images": IMAGES, "labels": linear(IMAGES).argmax(dim=1), "epsilons": [0.1, 0.2],
 }
 
 
@@ -44,6 +46,10 @@ def returns(logits: Tensor) -> Callable[[Tensor], Tensor]:
         ({"images": torch.rand(0, 1, 2, 2), "labels": torch.zeros(0, dtype=torch.int64)}, "nothing to attack"),
         ({"images": torch.rand(4, 2, 2)}, "shape"),
         ({"images": [[0.5]]}, "tensor"),
+        ({"images": (torch.rand(4, 1, 2, 2) - 0.5) / 0.25}, "put the normalisation inside the model"),
+        ({"eight_bit": True}, "multiples of 1/255"),
+        ({"labels": None}, "integers"),
+        ({"labels": torch.zeros(4, dtype=torch.complex64)}, "integers"),
         ({"images": torch.full((4, 1, 2, 2), torch.nan)}, "NaN"),
         ({"images": torch.full((4, 1, 2, 2), torch.inf)}, "infinite"),
         ({"epsilons": [-0.1, 0.1]}, "negative"),
@@ -53,6 +59,8 @@ def returns(logits: Tensor) -> Callable[[Tensor], Tensor]:
         ({"epsilons": []}, "empty"),
         ({"epsilons": 0.5}, "list of numbers"),
         ({"epsilons": ["a"]}, "list of numbers"),
+        ({"epsilons": [0.1, 0.2, 0.2, 0.3]}, "0.2 more than once"),
+        ({"epsilons": [float("inf")]}, "finite"),
         ({"attacks": "fgsm9000"}, "standard.*ddn"),
         ({"attacks": "ddn,,deepfool"}, "unknown attack ''"),
         ({"attacks": ""}, "comma list"),
@@ -70,6 +78,8 @@ def returns(logits: Tensor) -> Callable[[Tensor], Tensor]:
         ({"model": returns(torch.rand(3, 3))}, "shape"),
         ({"model": returns(torch.ones(4, 3, dtype=torch.int64))}, "floating"),
         ({"model": lambda images: [1, 2]}, "floating"),
+        ({"model": lambda images: linear(images).detach()}, "no gradient"),
+        ({"model": lambda images: torch.where(images.flatten(1)[:, :3] == 0, torch.nan, 1.0) / 0}, "NaN or infinite"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(4, 3))}, "training mode"),
     ],
 )

@@ -43,8 +43,8 @@ def draw_examples(evaluation: Evaluation, about: str) -> Figure | None:
         for column, place in enumerate(places):
             axes = [figure.add_subplot(grid[line, 1 + 4 * column + part]) for part in range(3)]
             _triple(axes, model, place, evaluation.card.class_names)
-    figure.text(0.5, 1 - 0.08 / height, f"image, adversarial, difference (magnified, grey = no change)   –   {about}",
-                ha="center", va="top", fontsize=9, color="#555555")  # fmt: skip
+    caption = f"image, adversarial, difference δ (‖δ‖₂, × magnification; grey = no change)   –   {about}"
+    figure.text(0.5, 1 - 0.08 / height, caption, ha="center", va="top", fontsize=9, color="#555555")
     return figure
 
 
@@ -63,7 +63,7 @@ def _triple(axes: list[Axes], model: Verdicts, place: int, names: list[str]) -> 
     titles = (
         _class(names, example["label"]),
         f"→ {_class(names, example['adversarial_prediction'])}",
-        f"‖δ‖₂ = {example['norm']:.2g}, ×{magnified:g}",
+        f"{example['norm']:.2g}, ×{magnified:g}",
     )
     for ax, picture, title in zip(axes, pictures, titles, strict=True):
         pixels = np.clip(np.moveaxis(picture, 0, -1), 0, 1)

@@ -69,24 +69,29 @@ def draw_areas(figures: dict[str, Any], places: dict[str, int], about: str) -> F
     ax = figure.subplots()
     weak = [row["area"]["attacked_by_set"][sets[0]] for row in rows]
     widest = max(weak)
+    heads = ["certified", "attacked", *([f"{short(sets[0], 9)} alone"] if len(sets) > 1 else [])]
+    columns = [1.17 + 0.19 * place for place in range(len(heads))]
+    cell: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8.5, "color": INK}
+    for place, text in zip(columns, heads, strict=True):
+        ax.text(widest * place, -0.72, text, **cell)
     for y, row in enumerate(rows):
         ink, areas = colour(places[row["name"]]), row["area"]
         ax.barh(y, areas["attacked"], height=0.72, color=ink, alpha=0.25, lw=0)
         ax.barh(y, areas["certified"], height=0.38, color=ink, lw=0)
         if len(sets) > 1:
             ax.vlines(weak[y], y - 0.36, y + 0.36, color=ink, lw=1.4)
-        proved = "no certificate" if uncertified(row) else f"{areas['certified']:.3f}"
-        ax.text(
-            weak[y] + 0.01 * widest, y, f" {proved}  |  {areas['attacked']:.3f}", va="center", fontsize=8.5, color=INK
-        )
+        numbers = [None if uncertified(row) else areas["certified"], areas["attacked"], weak[y]]
+        for place, value in zip(columns, numbers, strict=False):
+            ax.text(widest * place, y, "–" if value is None else f"{value:.3f}", **cell)
     ax.set_yticks(range(len(rows)), [short(row["name"]) for row in rows], fontsize=9)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlim(0, widest * 1.24 or 1)
+    ax.set_xlim(0, widest * (columns[-1] + 0.01) or 1)
+    ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 1.02 * widest])
     ax.grid(axis="y", visible=False)
     low, high = figures["area_over"]
     ax.set_xlabel(f"area under accuracy (0 to 1) against ε from {epsilon_label(low)} to {epsilon_label(high)}")
     ticks = f"  |  line: attacked by {sets[0]} alone" if len(sets) > 1 else ""
-    ax.set_title(f"certified (dark)  |  attacked (light){ticks}", weight="normal")
+    ax.set_title(f"inner bar: certified  |  outer bar: attacked{ticks}", weight="normal")
     figure.suptitle(about, fontsize=9, color="#555555")
     return figure
 

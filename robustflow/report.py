@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from robustflow.summary import summarize, to_json
 
 # The radii at which certified accuracy is usually quoted; a report of a grid without them takes four others.
 QUOTED = (36 / 255, 72 / 255, 108 / 255, 1.0)
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 PLOT_KINDS = ("overview", "curves", "area", "examples", "radii", "sets", "training")
 
 
@@ -90,6 +92,7 @@ def to_html(summary: dict[str, Any], plots: list[Plot]) -> str:
         "duration": tables.duration,
         "percent": lambda value: f"{100 * value:.1f}",
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        "settings": _settings,
     }
     script = loader.get_source(environment, "report.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -101,6 +104,8 @@ def to_html(summary: dict[str, Any], plots: list[Plot]) -> str:
             "name": f"{evaluation['dataset']}, {evaluation['split']}",
             "quoted": _quoted(evaluation["epsilons"]),
             "shown": [i for i, epsilon in enumerate(evaluation["epsilons"]) if epsilon > 0],
+            "sets": _members(evaluation),
+            "warnings": _warnings(evaluation),
             "attacks": sorted({entry["attack"] for row in evaluation["models"] for entry in row["broken_by"]}),
             "plots": dict.fromkeys(PLOT_KINDS)
             | {plot.kind: _inline(plot) for plot in plots if plot.evaluation == evaluation["folder"]},
@@ -113,6 +118,8 @@ def to_html(summary: dict[str, Any], plots: list[Plot]) -> str:
         evaluations=evaluations,
         training=next((_inline(plot) for plot in plots if plot.kind == "training"), None),
         alarms=sum(row["alarm_count"] for e in summary["evaluations"] for row in e["models"]),
+        anchors={name: f"model-{number}" for number, name in enumerate(models)},
+        seeds=sorted({model["seed"] for model in summary["models"]}),
         colours={name: colour(place) for place, name in enumerate(models)},
         uncertified=tables.uncertified,
         style=Markup(loader.get_source(environment, "report.css")[0]),
@@ -126,6 +133,58 @@ def _quoted(grid: list[float]) -> list[int]:
     quoted = [i for i, epsilon in enumerate(grid) if any(abs(epsilon - q) < 1e-6 for q in QUOTED)]
     others = [i for i, epsilon in reversed(list(enumerate(grid))) if epsilon > 0 and i not in quoted]
     return sorted(quoted + others[: max(0, 4 - len(quoted))])
+
+
+def _members(evaluation: dict[str, Any]) -> dict[str, list[str]]:
+    """The attacks of each set, from the evaluation's own count of their passes: "set: attack" → number."""
+    counted = dict.fromkeys(key for row in evaluation["models"] for key in row["forward_passes"])
+    parts = [key.partition(": ") for key in counted]
+    return {
+        name: [attack for place, _, attack in parts if place == name and attack not in ("", "clean")]
+        for name in evaluation["attack_sets"]
+    }
+
+
+def _warnings(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Warnings that differ in their numbers only are said once, with the range of each number.
+
+    >>> rows = [{"name": "a", "warnings": ["set l2: gap 0.3"]}, {"name": "b", "warnings": ["set l2: gap 0.25"]}]
+    >>> _warnings({"models": rows})
+    [{'models': ['a', 'b'], 'text': 'set l2: gap 0.25 to 0.3'}]
+    """
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for row in evaluation["models"]:
+        for warning in row["warnings"]:
+            alike.setdefault(NUMBER.sub("#", warning), []).append((row["name"], warning))
+    return [
+        {"models": list(dict.fromkeys(name for name, _ in said)), "text": _ranges([text for _, text in said])}
+        for said in alike.values()
+    ]
+
+
+def _ranges(texts: list[str]) -> str:
+    columns = iter(zip(*(NUMBER.findall(text) for text in texts), strict=True))
+
+    def span(_: re.Match[str]) -> str:
+        numbers = sorted(set(next(columns)), key=float)
+        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+    return NUMBER.sub(span, texts[0])
+
+
+def _settings(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested configuration as lines.
+
+    >>> _settings({"width": 8, "train": {"loss": {"kind": "offset"}, "milestones": [1, 2]}})
+    [('width', '8'), ('train.loss.kind', '"offset"'), ('train.milestones', '[1, 2]')]
+    """
+    lines: list[tuple[str, str]] = []
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            lines += _settings(value, f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
+    return lines
 
 
 def _inline(plot: Plot) -> dict[str, str]:

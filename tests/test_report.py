@@ -104,12 +104,12 @@ def test_html_numbers_are_the_summary_s(hand_benchmark: Path) -> None:
     assert [name for name, _ in leaderboards] == [row["name"] for row in evaluated]
     assert len(evaluated) == 4
     for (_, cells), row in zip(leaderboards, evaluated, strict=True):
-        assert float(cells[2][0]) == row["clean"]["value"]
+        assert float(cells[1][0]) == row["clean"]["value"]
         positive = [i for i, point in enumerate(row["attacked"]) if point["epsilon"] > 0]
         if row["lipschitz_bound"] is not None:
-            certified = [float(cell[0]) for cell in cells[3 : 3 + len(positive)]]
+            certified = [float(cell[0]) for cell in cells[2 : 2 + len(positive)]]
             assert certified == [row["certified"][i]["value"] for i in positive]
-        attacked = [float(cell[0]) for cell in cells[3 + len(positive) : 3 + 2 * len(positive)]]
+        attacked = [float(cell[0]) for cell in cells[2 + len(positive) : 2 + 2 * len(positive)]]
         assert attacked == [row["attacked"][i]["value"] for i in positive]
     grid = [row for row in rows if row[0] == "hand" and len(row[1]) == 7]
     points = evaluated[0]["certified"]
@@ -170,6 +170,46 @@ def test_alarms_are_shown(hand_benchmark: Path, alarm: Callable[[Path, str], Non
     assert "1 alarm." in loud
     assert "alarms/hand-2.safetensors" in loud
     assert "No alarms:</strong>" not in loud
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_warnings_alike_are_said_once(hand_benchmark: Path) -> None:
+    for name, gap in (("hand", "0.3"), ("plain", "0.25")):
+        path = hand_benchmark / "evaluations" / "digits-test" / f"{name}.json"
+        said = [f"paper: flat logits of l2pgd (gap {gap})", f"only {name} says this"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": said}))
+    text = build_report(hand_benchmark).read_text(encoding="utf-8")
+    above = text.split('id="models"')[0]
+    assert "hand, plain: paper: flat logits of l2pgd (gap 0.25 to 0.3)" in above
+    assert above.count("flat logits") == 1
+    assert "hand: only hand says this" in above
+    assert "plain: only plain says this" in above
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_attacks_are_named_under_their_set_and_counted_at_each_radius(hand_benchmark: Path) -> None:
+    path = hand_benchmark / "evaluations" / "digits-test" / "hand.json"
+    passes = {"paper: clean": 8, "paper: l2pgd": 80, "standard: clean": 8, "standard: ddn": 9}
+    passes["standard: margin-pgd"] = 7
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"forward_passes": passes}))
+    text = build_report(hand_benchmark).read_text(encoding="utf-8")
+    assert "paper (l2pgd); standard (ddn, margin-pgd)" in text
+    table = text.split('<table class="attacks-at">')[1].split("</table>")[0]
+    # By hand from the rows: ddn at 1.0 and 0.8, margin-pgd at 0.5, l2pgd at 0.3; columns 0.5 and 1.
+    assert [cells[1:] for _, cells in Cells(table).rows if cells][:3] == [
+        [("", "ddn"), ("", "0"), ("", "2")],
+        [("", "l2pgd"), ("", "1"), ("", "1")],
+        [("", "margin-pgd"), ("", "1"), ("", "1")],
+    ]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_costs_and_settings_are_the_cards_(hand_benchmark: Path) -> None:
+    text = build_report(hand_benchmark).read_text(encoding="utf-8")
+    costs = [cells for _, cells in Cells(text.split('id="cost"')[1].split("</table>")[0]).rows if cells]
+    assert [cell[1] for cell in costs[0]] == ["hand", "unconstrained", "889 k", "350 M", "12.6 min", "3.0 s", "2.0 min"]
+    for line in ("width = 32", "optimizer.name = &#34;sgd&#34;", "optimizer.lr = 0.01"):
+        assert f"<code>{line}</code>" in text
 
 
 @pytest.mark.usefixtures("no_plots")

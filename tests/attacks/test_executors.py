@@ -149,7 +149,7 @@ def test_no_worker_outlives_its_parent(sign: signal.Signals, tmp_path: Path) -> 
     """Ctrl-C (which a terminal sends to the whole group) and SIGKILL of the parent, in the middle of a piece."""
     script = tmp_path / "endless.py"
     script.write_text(textwrap.dedent("""
-        import os, time
+        import os, signal, time
         from attacks.executors import Job, execute
 
         def endless(context, argument, tick):
@@ -160,6 +160,7 @@ def test_no_worker_outlives_its_parent(sign: signal.Signals, tmp_path: Path) -> 
             print(done, flush=True)
 
         if __name__ == "__main__":
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
             list(execute(Job(endless, None, [0], lambda number: None, report), "workers", 1))
     """))
     command = [sys.executable, str(script)]
@@ -170,11 +171,14 @@ def test_no_worker_outlives_its_parent(sign: signal.Signals, tmp_path: Path) -> 
         assert process.stderr is not None
         worker = int(process.stdout.readline())
         assert alive(worker)
-        if sign is signal.SIGINT:
-            os.killpg(process.pid, sign)
-        else:
+        try:
+            if sign is signal.SIGINT:
+                os.killpg(process.pid, sign)
+            else:
+                process.kill()
+            process.wait(timeout=60)
+        finally:
             process.kill()
-        process.wait(timeout=60)
         errors = process.stderr.read()  # ends when the last process that could write to it has ended
     deadline = time.monotonic() + 60
     while alive(worker) and time.monotonic() < deadline:

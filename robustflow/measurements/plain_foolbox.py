@@ -29,7 +29,7 @@ from robustflow.measurements.targets import EPSILONS, PassCounter, Target
 from robustflow.networks import Classifier
 from robustflow.statistics import paired_difference
 
-IMAGES, BATCH = 500, 250
+IMAGES, BATCH = 200, 250
 TARGETS = 3
 TOLERANCE = 1e-5  # of the norm, in float32
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from robustflow import checkpoints, data, environment, evaluation, networks
 from robustflow.bounds import account
 from robustflow.config import Experiment, ModelConfig
 from robustflow.data import ImageSet
+from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
 from robustflow.falsifier import lower_estimates
 from robustflow.networks import Classifier
@@ -115,15 +116,21 @@ def train(
     *,
     device: torch.device,
     only: str | None = None,
+    group: Group = ALONE,
 ) -> None:
     """Train every model that is not finished; a model that was trained otherwise is an error, not overwritten."""
-    if only is not None:
-        experiment.model(only)
     pixels = fingerprint(images)
-    for config in experiment.models:
-        if only in (None, config.name):
-            folder = out / "models" / config.name
-            train_model(config, folder, images, seed=experiment.seed, device=device, pixels=pixels)
+    chosen = chosen_models(experiment, only)
+    for config in chosen:
+        # Before the first training, not after hours of it.
+        group.part(build_model(config, images), config.train.batch_size)
+    for config in chosen:
+        folder = out / "models" / config.name
+        train_model(config, folder, images, seed=experiment.seed, device=device, pixels=pixels, group=group)
+
+
+def chosen_models(experiment: Experiment, only: str | None) -> list[ModelConfig]:
+    return list(experiment.models) if only is None else [experiment.model(only)]
 
 
 def _identity(config: ModelConfig, seed: int, pixels: str) -> str:
@@ -149,15 +156,30 @@ def is_finished(folder: Path, identity: str) -> bool:
 
 
 def train_model(
-    config: ModelConfig, folder: Path, images: ImageSet, *, seed: int, device: torch.device, pixels: str
+    config: ModelConfig,
+    folder: Path,
+    images: ImageSet,
+    *,
+    seed: int,
+    device: torch.device,
+    pixels: str,
+    group: Group = ALONE,
+    listener: Callable[[int], None] | None = None,
 ) -> None:
     identity = _identity(config, seed, pixels)
-    if is_finished(folder, identity):
+    finished = is_finished(folder, identity)
+    group.agree(int(finished), f"the model {folder}")
+    if finished:
         return
     torch.manual_seed(seed)
     model = build_model(config, images)
-    training = Training(model, images, config.train, folder, seed=seed, device=device, identity=identity)
+    training = Training(
+        model, images, config.train, folder, seed=seed, device=device, identity=identity, group=group,
+        listener=listener,
+    )  # fmt: skip
     seconds = training.run()
+    if not group.leads:
+        return
     card = {
         "schema_version": 1,
         "name": config.name,
@@ -168,6 +190,7 @@ def train_model(
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "seconds": {"train": round(seconds, 3)},
+        "processes": group.size,
         "environment": environment.describe(device),
         "data": {
             "dataset": images.name,

@@ -11,19 +11,35 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 import attacks
-from robustflow import bench, config, data, environment, evaluate_command, evaluation, model_commands, models, networks
+from robustflow import (
+    bench,
+    config,
+    data,
+    distributed,
+    environment,
+    evaluate_command,
+    evaluation,
+    model_commands,
+    models,
+    networks,
+)
 from robustflow.config import Experiment
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
 from robustflow.measurements import FAMILIES, Request, measure
 from robustflow.report import build_report
+from robustflow.training_grid import train_grid
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        if distributed.launched() and options.command is not _train:
+            raise UserError("under torchrun only `robustflow train` works: start the other commands without it")
         return options.command(options)
     except (UserError, attacks.AttackInputError) as error:
         print(f"robustflow: {error}", file=sys.stderr)
@@ -54,10 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("config", metavar="CONFIG", help="a TOML file, or a name that `robustflow list` shows")
         sub.add_argument("--out", type=Path, help="output directory (default: runs/CONFIG)")
-        sub.add_argument("--seed", type=_seed, help="instead of the config's seed")
+        seeds = sub.add_mutually_exclusive_group()
+        seeds.add_argument("--seed", type=_seed, help="instead of the config's seed")
+        if name == "train":
+            text = "train every model with each of these seeds, comma-separated, into OUT/seed-N"
+            seeds.add_argument("--seeds", type=_seeds, metavar="LIST", help=text)
         _add_machine(sub)
-        if name == "bench":
-            _add_executor(sub)
+        _add_executor(sub, "trainings" if name == "train" else "attacks")
     for name, command, text in (
         ("certify", _certify, "certify the trained models of an output directory"),
         ("attack", _attack, "attack the certified models of an output directory"),
@@ -97,8 +116,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
-def _add_executor(parser: argparse.ArgumentParser) -> None:
-    text = "where attacks run: in this process, in local processes, on a Ray cluster; the numbers are the same"
+def _add_executor(parser: argparse.ArgumentParser, what: str = "attacks") -> None:
+    text = f"where {what} run: in this process, in local processes, on a Ray cluster; the numbers are the same"
     parser.add_argument("--executor", choices=("serial", "workers", "ray"), default="serial", help=text)
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; on Ray all its CPUs)")
 
@@ -109,8 +128,21 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _seeds(text: str) -> tuple[int, ...]:
+    seeds = tuple(_seed(part) for part in text.split(","))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"every seed once, not {text!r}")
+    return seeds
+
+
 def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path, ImageSet]:
     """Read config and data, check what can be checked at once, and only then open the output directory."""
+    experiment, name, out, images = _read(options)
+    bench.open_directory(out, experiment, name, images)
+    return experiment, out, images
+
+
+def _read(options: argparse.Namespace) -> tuple[Experiment, str, Path, ImageSet]:
     experiment = config.read(options.config)
     if options.seed is not None:
         experiment = experiment.model_copy(update={"seed": options.seed})
@@ -121,9 +153,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path, ImageSet]:
     file = config.find(options.config)
     name = known.get(str(file.resolve()), str(options.config))
     out = options.out or Path("runs") / file.stem
-    images = bench.load_data(experiment, options.data)
-    bench.open_directory(out, experiment, name, images)
-    return experiment, out, images
+    return experiment, name, out, bench.load_data(experiment, options.data)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -153,8 +183,28 @@ def _verdict(alarms: int, place: Path) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     device = environment.choose_device(options.device)
-    experiment, out, images = _prepare(options)
-    bench.train(experiment, out, images, device=device, only=options.model)
+    if options.seeds is not None or options.executor != "serial":
+        return _train_side_by_side(options, device)
+    with distributed.joined(device) as group:
+        with group.leader_first():
+            experiment, name, out, images = _read(options)
+        if group.leads:
+            bench.open_directory(out, experiment, name, images)
+        bench.train(experiment, out, images, device=device, only=options.model, group=group)
+    return 0
+
+
+def _train_side_by_side(options: argparse.Namespace, device: torch.device) -> int:
+    if distributed.launched():
+        raise UserError("--seeds and --executor start processes of their own: leave torchrun out")
+    experiment, name, out, images = _read(options)
+    folders = {seed: out / f"seed-{seed}" for seed in options.seeds or ()} or {experiment.seed: out}
+    for seed, folder in folders.items():
+        bench.open_directory(folder, experiment.model_copy(update={"seed": seed}), name, images)
+    train_grid(
+        experiment, folders, images, device=device, only=options.model, executor=options.executor,
+        workers=options.workers,
+    )  # fmt: skip
     return 0
 
 
@@ -229,4 +279,4 @@ def _list(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -3,6 +3,9 @@
 Every random choice is drawn from (seed, epoch) or (seed, step), so that the state of a training is just weights,
 optimizer and the number of the step. A training that is killed goes on from its last checkpoint and, on a CPU with the
 same number of threads, ends with the same weights as one that was not.
+
+Several processes (see `distributed`) train one model together: each draws the whole batch and its augmentation as a
+single process would, and takes its part of it. They end with the single process's weights within rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,10 @@ from tqdm.auto import tqdm
 from robustflow import checkpoints, losses
 from robustflow.config import CrossEntropyLoss, HingeLoss, LossConfig, OffsetLoss, TrainConfig
 from robustflow.data import ImageSet, Split, augment, to_float
+from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
 from robustflow.networks import Classifier
+from robustflow.optimizers import build_optimizers, schedule
 from robustflow.regimes import REGIMES, nominal_constant
 
 STATE, LOG, WEIGHTS = "training.safetensors", "train.jsonl", "model.safetensors"
@@ -37,53 +43,6 @@ def build_loss(config: LossConfig) -> losses.Loss:
     if isinstance(config, OffsetLoss):
         return losses.offset_cross_entropy(config.offset, config.temperature)
     return losses.certified_cross_entropy(config.epsilon, config.temperature)
-
-
-def build_optimizers(model: Classifier, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that together update every parameter.
-
-    "muon" takes steps of orthogonalised momentum (torch.optim.Muon) on the orthonormal matrices, whose constraint then
-    needs no more than one polar iteration, and NAdam on the rest.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "sgd":
-        return [
-            torch.optim.SGD(
-                trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=False
-            )
-        ]
-    chosen: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        matrices = model.orthonormal_weights()
-        if matrices:
-            chosen.append(
-                torch.optim.Muon(
-                    matrices, config.muon_learning_rate, weight_decay=0.0, momentum=config.momentum, ns_steps=4
-                )
-            )
-        identities = {id(matrix) for matrix in matrices}
-        trained = [parameter for parameter in trained if id(parameter) not in identities]
-    chosen.append(
-        torch.optim.NAdam(trained, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    )
-    return chosen
-
-
-def schedule(config: TrainConfig, progress: float) -> float:
-    """The factor on every learning rate at ``progress`` in [0, 1).
-
-    >>> config = TrainConfig(epochs=1, schedule="cosine")
-    >>> schedule(config, 0.0), round(schedule(config, 0.5), 6)
-    (1.0, 0.5)
-    """
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "steps":
-        return 0.1 ** int(progress * config.epochs / config.step_every)
-    if config.schedule == "one-cycle" and progress < config.warmup:
-        return 0.1 + 0.9 * progress / config.warmup
-    start = config.warmup if config.schedule == "one-cycle" else 0.0
-    return 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
 
 
 def check_state(state: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -125,15 +84,18 @@ class Training:
         seed: int,
         device: torch.device,
         identity: str,
-        show_progress: bool = True,
+        group: Group = ALONE,
+        listener: Callable[[int], None] | None = None,
     ) -> None:
+        """``listener`` hears the number of steps that are done, in place of a progress bar."""
         self.config, self.directory, self.seed, self.device = config, directory, seed, device
-        self.identity, self.show_progress = identity, show_progress
+        self.identity, self.group, self.listener = identity, group, listener
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.data, self.validation = images.splits["train"].to(device), images.splits["validation"].to(device)
         if config.batch_size > len(self.data):
             raise UserError(f"batch_size {config.batch_size} is larger than the {len(self.data)} training images")
+        self.part = group.part(model, config.batch_size)
         if config.crop >= min(images.input_shape[1:]):
             raise UserError(f"crop {config.crop} is too large for images of {images.input_shape[1:]}")
         self.steps_per_epoch = len(self.data) // config.batch_size
@@ -157,7 +119,7 @@ class Training:
             total=self.total,
             initial=self.progress.step,
             desc=self.directory.name,
-            disable=None if self.show_progress else True,
+            disable=True if self.listener is not None or not self.group.leads else None,
             unit="step",
         )
         order, order_epoch = torch.empty(0), -1
@@ -170,6 +132,8 @@ class Training:
                 batch = order[position * self.config.batch_size :][: self.config.batch_size]
                 self._step(batch)
                 bar.update()
+                if self.listener is not None:
+                    self.listener(self.progress.step)
                 self.progress.seconds = time.monotonic() - started
                 if self.progress.step % self.steps_per_epoch == 0:
                     line = self._end_epoch()
@@ -198,13 +162,16 @@ class Training:
         config, labels = self.config, self.data.labels[batch]
         drawn = self._generator(self.progress.step, 1)
         pixels = augment(self.data.pixels[batch], crop=config.crop, flip=config.flip, generator=drawn)
+        pixels, labels = pixels[self.part], labels[self.part]
         with self._autocast():
             logits = self.model(to_float(pixels))
         share = self.progress.step / self.total
         if self.scaled:
             logits = logits / nominal_constant(self.model)
         loss = self.loss(logits.float(), labels, self.model.head.weight, share)
-        value = float(loss.detach())
+        correct = (logits.detach().argmax(1) == labels).sum()
+        summed, right = self.group.total(float(loss.detach()), int(correct))
+        value = summed / self.group.size
         if not math.isfinite(value):
             raise UserError(
                 f"training of {self.directory.name} diverged at step {self.progress.step} (loss {value}): lower its "
@@ -213,6 +180,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.group.average_([weight.grad for weight in self.model.parameters() if weight.grad is not None])
         factor = schedule(config, share)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -222,7 +190,7 @@ class Training:
             self.model.constrain_()
         self.progress.step += 1
         self.progress.loss_sum += value * len(batch)
-        self.progress.correct += int((logits.detach().argmax(1) == labels).sum())
+        self.progress.correct += int(right)
         self.progress.seen += len(batch)
 
     def accuracy(self, split: Split, batch_size: int = 500) -> float:
@@ -243,23 +211,27 @@ class Training:
         if last:
             # The weights that are validated at the end are the ones that are stored.
             self.model.constrain_(exact=True)
+        self.group.spread_(self._tensors().values())
         validated = self.validation if last else self.validation.head(self.config.validate_images)
         line = {
             "epoch": done.step // self.steps_per_epoch,
             "step": done.step,
             "loss": done.loss_sum / done.seen,
             "train_accuracy": done.correct / done.seen,
-            "validation_accuracy": self.accuracy(validated) if len(validated) else None,
+            "validation_accuracy": self.accuracy(validated) if len(validated) and self.group.leads else None,
             "validation_n": len(validated),
             "lr": self.optimizers[-1].param_groups[0]["lr"],
             "seconds": round(done.seconds, 3),
         }
-        with (self.directory / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+        if self.group.leads:
+            with (self.directory / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
         done.loss_sum, done.correct, done.seen = 0.0, 0, 0
         return line
 
     def _save(self) -> None:
+        if not self.group.leads:
+            return
         tensors = {f"model.{name}": tensor for name, tensor in self._tensors().items()}
         metadata = {"identity": self.identity, "progress": asdict(self.progress)}
         checkpoints.write_tensors(
@@ -273,17 +245,19 @@ class Training:
     def _restore(self) -> None:
         state, log = self.directory / STATE, self.directory / LOG
         self.directory.mkdir(parents=True, exist_ok=True)
-        if not state.exists():
+        found = state.exists()
+        if found:
+            tensors, metadata = check_state(state, self.identity)
+            with torch.no_grad():
+                for name, tensor in self._tensors().items():
+                    tensor.copy_(tensors[f"model.{name}"])
+            checkpoints.unpack_optimizers(self.optimizers, tensors)
+            self.progress = Progress(**metadata["progress"])
+        self.group.agree(self.progress.step, f"the checkpoint {state}")
+        if not found and self.group.leads:
             log.unlink(missing_ok=True)
-            return
-        tensors, metadata = check_state(state, self.identity)
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(tensors[f"model.{name}"])
-        checkpoints.unpack_optimizers(self.optimizers, tensors)
-        self.progress = Progress(**metadata["progress"])
-        # Epochs after the checkpoint are about to be trained again: their lines go.
-        if log.exists():
+        elif log.exists() and self.group.leads:
+            # Epochs after the checkpoint are about to be trained again: their lines go.
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.progress.step]
             checkpoints.write_text(log, "".join(kept))
@@ -292,5 +266,6 @@ class Training:
         for name, tensor in self.model.state_dict().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"training of {self.directory.name} ended with NaN or infinite values in {name}")
-        checkpoints.write_tensors(self.directory / WEIGHTS, self.model.state_dict())
+        if self.group.leads:
+            checkpoints.write_tensors(self.directory / WEIGHTS, self.model.state_dict())
         return time.monotonic() - started

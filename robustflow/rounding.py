@@ -127,15 +127,14 @@ def _forward(
 
 
 def rounding_of(module: nn.Module, shape: Shape, constant: float) -> Rounding:
-    known = next((base for base in type(module).__mro__ if base in _rounding.registry), object)
-    if known is not object and runs_code_of(module, known):
-        return _rounding(module, shape, constant)
-    return Rounding(size=FALLBACK * constant, out=FALLBACK, assumed=True)
+    known = next(base for base in type(module).__mro__ if base in _rounding.registry)  # object, at the latest
+    kept = known is object or runs_code_of(module, known)
+    return (_rounding if kept else _rounding.dispatch(object))(module, shape, constant)
 
 
 @singledispatch
 def _rounding(module: nn.Module, shape: Shape, constant: float) -> Rounding:
-    raise NotImplementedError
+    return Rounding(size=FALLBACK * constant, out=FALLBACK, assumed=True)
 
 
 def _exact(module: nn.Module, shape: Shape, constant: float) -> Rounding:

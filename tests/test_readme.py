@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import attacks
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
@@ -41,3 +43,12 @@ def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_the_prediction_for_a_cluster_is_its_own_arithmetic() -> None:
+    text = README.read_text(encoding="utf-8")
+    passes = attacks.expected_passes("strong", [36 / 255])
+    assert f"{passes:,} forward passes" in text
+    small, large = (passes * 1e7 * 4 * size / (64 * 19.5e12 / 4) / 3600 for size in (27.1e6, 873e6))
+    assert f"64 GPUs {small:.1f} hours" in text
+    assert f"(873 M) {large:.0f}" in text

@@ -7,13 +7,16 @@
 | nonexpansive | x − h Aᵀ ReLU(Ax + b) | ‖A‖ ≤ 1, 0 ≤ h ≤ 2 |
 | prescribed | x + h_E Wᵀσ(Wx + v), then x − h_C Aᵀσ(Ax + b), h fixed | √(1 − h_C + h_C²)(1 + h_E) ≤ 1, AᵀA = I |
 | sharp | the same pair, h learned | max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1, AᵀA = I |
+| shared | the same pair with W = A, h learned | ‖A‖ ≤ 1, h_C ≤ 1, h_E ≤ a h_C |
 | flexible | x − h Aᵀσ(Ax + b), h of either sign | the product of all layers' constants ≤ 1, AᵀA = I |
 | cpl, sll, aol, cayley | what others use: `robustflow.peers` | ‖layer‖ ≤ 1, by their parametrisations |
 
-σ is a leaky ReLU with slopes in [a, 1], a = ½ in prescribed, sharp and flexible. The first six but *sharp* are the
-classifiers of Celledoni et al., arXiv 2210.02373; *sharp* replaces their bound of the contractive step by its exact
-constant. These three need AᵀA = I exactly: with only ‖A‖ ≤ 1 a contractive step need not contract at all (a direction
-with Ax = 0 stays as it is), and the expansion before it is then not made up for. Hence they use patch kernels for A.
+σ is a leaky ReLU with slopes in [a, 1], a = ½ in prescribed, sharp, shared and flexible. Unconstrained, naive,
+nonexpansive, prescribed and flexible are the classifiers of Celledoni et al., arXiv 2210.02373; *sharp* replaces their
+bound of the contractive step by its exact constant. Prescribed, sharp and flexible need AᵀA = I exactly: with only
+‖A‖ ≤ 1 a contractive step need not contract at all (a direction with Ax = 0 stays as it is), and the expansion before
+it is then not made up for. Hence they use patch kernels for A. *Shared* needs no more than ‖A‖ ≤ 1: what the kernel
+does not see, neither step moves (the proof: `robustflow.step_rules.shared_kernel_pair`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -72,9 +76,7 @@ class Pair(nn.Sequential):
     @property
     def step_sizes(self) -> tuple[nn.Parameter, nn.Parameter]:
         """(h_E, h_C)."""
-        expansive, contractive = self
-        assert isinstance(expansive, EulerStep)
-        assert isinstance(contractive, EulerStep)
+        expansive, contractive = cast(Iterable[EulerStep], self)
         return expansive.step_size, contractive.step_size
 
     @torch.no_grad()
@@ -89,6 +91,26 @@ class Pair(nn.Sequential):
         # Where the bound is not below 1 there is nothing to make up for: no expansion.
         room = 1 / self._contraction(float(contractive), PAIR_SLOPE) - 1
         expansive.clamp_(0.0, max(room, 0.0) * (1 - _ROUNDING))
+
+
+class SharedKernelPair(nn.Sequential):
+    """An expansive and a contractive step along one kernel, with h_C ≤ 1 and h_E ≤ a·h_C after every update.
+
+    Shape: (B, C, H, W) → (B, C, H, W).
+    """
+
+    def __init__(self, expansive: EulerStep, contractive: EulerStep) -> None:
+        super().__init__(expansive, contractive)
+        self.orthonormal = isinstance(getattr(expansive.field, "operator", None), PatchConvolution)
+        self.constrain_()
+
+    @torch.no_grad()
+    def constrain_(self, *, exact: bool = False) -> None:
+        expansive, contractive = cast(Iterable[EulerStep], self)
+        # Below 1 by what a kernel's norm may exceed 1 by in float32.
+        contractive.step_size.clamp_(0.0, 1 - 4 * _ROUNDING)
+        if not contractive.step_size.is_meta:
+            expansive.step_size.clamp_(0.0, PAIR_SLOPE * float(contractive.step_size) * (1 - _ROUNDING))
 
 
 @torch.no_grad()
@@ -128,8 +150,11 @@ def nominal_constant(model: nn.Module) -> float:
     to certify with.
     """
     product = 1.0
+    # Along a convolution a pair is worth 1 as a whole; along patches AᵀA = I makes its two constants count.
+    whole = [pair for pair in model.modules() if isinstance(pair, SharedKernelPair) and not pair.orthonormal]
+    counted = {step for pair in whole for step in pair}
     for module in model.modules():
-        if isinstance(module, EulerStep) and isinstance(module.field, GradientField):
+        if isinstance(module, EulerStep) and isinstance(module.field, GradientField) and module not in counted:
             h = -module.field.sign * float(module.step_size)
             product *= sharp_contraction(h, module.field.slope) if h >= 0 else 1 - h
     return product
@@ -220,6 +245,12 @@ def _sharp(shape: BlockShape, index: int) -> nn.Module:
     return _pair(shape, index, sharp_contraction, 4 / 3, learned=True)
 
 
+def _shared(shape: BlockShape, index: int) -> nn.Module:
+    operator = shape.spectral(index)
+    steps = [EulerStep(GradientField(operator, slope=PAIR_SLOPE, sign=s), h) for s, h in ((1, PAIR_SLOPE), (-1, 1.0))]
+    return SharedKernelPair(*steps)
+
+
 def _flexible(shape: BlockShape, index: int) -> nn.Module:
     field = GradientField(shape.orthonormal(index), slope=PAIR_SLOPE, sign=-1)
     # Alternates as the others do at the start; training may turn any layer into either kind.
@@ -258,6 +289,7 @@ REGIMES: dict[str, Regime] = {
         Regime("prescribed", "expansive/contractive pairs under √(1 − h_C + h_C²)(1 + h_E) ≤ 1", True, 2, _prescribed),
         Regime("flexible", "signed steps; only the product of all constants is at most 1", True, 1, _flexible, True),
         Regime("sharp", "pairs under the exact constant max(1 − a h_C, h_C − 1)(1 + h_E) ≤ 1", True, 2, _sharp),
+        Regime("shared", "pairs along one kernel under h_C ≤ 1, h_E ≤ a h_C", True, 2, _shared),
         Regime("cpl", "peer: convex potential steps x − 2Wᵀ ReLU(Wx + b)/‖W‖² (Meunier et al. 2022)", True, 1, _cpl),
         Regime("sll", "peer: x − 2Wᵀ T⁻¹ ReLU(Wx + b), T from row sums of |WWᵀ| (Araujo et al. 2023)", True, 1, _sll),
         Regime("aol", "peer: almost-orthogonal convolutions and MaxMin (Prach & Lampert 2022)", True, 1, _aol),

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 GRID = [0.0, 8 / 255, 16 / 255, 36 / 255, 72 / 255, 0.3, 108 / 255, 0.5, 0.6, 0.8, 1.0]
-REGIMES = ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp"]
+REGIMES = ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp", "shared"]
 
 
 def write_json(path: Path, content: Any) -> None:

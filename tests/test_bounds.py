@@ -91,7 +91,7 @@ def test_residual_adds_its_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    "regime", ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp", "resnet"]
+    "regime", ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp", "shared", "resnet"]
 )
 def test_networks_of_every_regime(regime: str) -> None:
     torch.manual_seed(0)

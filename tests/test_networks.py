@@ -24,8 +24,8 @@ PAPER_FIVE = ("unconstrained", "naive", "nonexpansive", "prescribed", "flexible"
 PEERS = ("cpl", "sll", "aol", "cayley")
 
 
-def test_models_are_the_paper_s_five_sharp_the_peers_and_the_modern_baseline() -> None:
-    assert set(list_models()) == {*PAPER_FIVE, "sharp", *PEERS, "resnet"}
+def test_models_are_the_paper_s_five_ours_the_peers_and_the_modern_baseline() -> None:
+    assert set(list_models()) == {*PAPER_FIVE, "sharp", "shared", *PEERS, "resnet"}
     assert all(list_models().values())
 
 

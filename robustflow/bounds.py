@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from robustflow import norms
+from robustflow import norms, pool_rules  # noqa: F401 - registers the pools' rules
 from robustflow.baselines import Residual
 from robustflow.layer_rules import (
     ELEMENTWISE,
@@ -21,6 +21,7 @@ from robustflow.layer_rules import (
     Shape,
     layer_bounds,
     output_shape,
+    refuse_inplace,
     register,
     runs_code_of,
     scaled_norm,
@@ -131,6 +132,8 @@ def _product(bounds: list[LayerBound]) -> float:
 @register(Residual)
 def _residual(module: Residual, shape: Shape, name: str) -> list[LayerBound]:
     at = f"{name}." if name else ""
+    for key in ("shortcut", "body"):
+        refuse_inplace(getattr(module, key), at + key, "the other branch")
     branches = [layer_bounds(getattr(module, key), shape, at + key) for key in ("shortcut", "body")]
     lips = [_product(bounds) for bounds in branches]
     parts = tuple(bound for bounds in branches for bound in bounds)
@@ -143,6 +146,7 @@ def _classifier(module: Classifier, shape: Shape, name: str) -> list[LayerBound]
     at = f"{name}." if name else ""
     bounds = layer_bounds(module.features, shape, f"{at}features")
     if module.mirror and not module.training:
+        refuse_inplace(module.features, f"{at}features", "the mirror average")
         bounds.append(LayerBound(f"{at}mirror", "average", "mean over two isometric views", 1.0))
     return bounds + layer_bounds(module.head, output_shape(module.features, shape), f"{at}head")
 

@@ -20,7 +20,7 @@ from robustflow import peer_rules  # noqa: F401 - registers the peers' rules
 from robustflow.baking import baked_copy
 from robustflow.bounds import Account, LayerBound, account
 from robustflow.errors import UserError
-from robustflow.layer_rules import PLAIN_DTYPES, require_code_of, runs_code_of
+from robustflow.layer_rules import PLAIN_DTYPES, refuse_inplace, require_code_of, runs_code_of
 from robustflow.networks import Classifier
 from robustflow.norms import INFLATION, UNIT, inflation
 from robustflow.rounding import FALLBACK, Plan, forward_with_error, gamma, lengths
@@ -96,7 +96,8 @@ def certify(
     radii, predictions = [], []
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)
-        z, error = _features(network, pixels[batch].double(), plan)
+        # A copy: the first layer may work in place.
+        z, error = _features(network, pixels[batch].to(torch.float64, copy=True), plan)
         prediction, radius = head.radii(z, error, None if truth is None else truth[batch], audit.lipschitz)
         predictions.append(prediction)
         radii.append(radius)
@@ -194,6 +195,8 @@ def _frozen(module: nn.Module) -> _Network:
         require_code_of(frozen, Classifier, "the classifier")
         if frozen.mirror and frozen.training:
             raise UserError("a mirror average happens in evaluation mode only: call .eval() first")
+        if frozen.mirror:
+            refuse_inplace(frozen.features, "features", "the mirror average")
         return _Network(frozen.features, _linear_head(frozen.head), frozen.mirror)
     if not isinstance(frozen, nn.Sequential):
         raise UserError(

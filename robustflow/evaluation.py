@@ -86,7 +86,7 @@ def open_evaluation(out: Path, images: ImageSet, split_name: str, config: Evalua
         "split": split_name,
         "n": len(split),
         "epsilons": list(config.epsilons),
-        "attack_sets": list(config.attacks),
+        "attack_sets": list(config.attacks) if split_name in config.attacked_splits else [],
         "class_names": list(images.class_names),
     }
     path = folder / "evaluation.json"
@@ -110,7 +110,7 @@ def certify_subject(subject: Subject, *, batch_size: int = 250) -> dict[str, Any
     labels = subject.split.labels.cpu()
     certificate = certify(subject.model, images, labels, batch_size=batch_size)
     seconds = time.perf_counter() - started
-    falsifications = falsify_network(subject.model, images[:4])
+    falsifications = falsify_network(subject.model, images[:4], audit=certificate.account)
     for found in falsifications:
         if found.violated:
             pair = subject.folder / f"{subject.name}.falsified.safetensors"
@@ -135,7 +135,7 @@ def certify_subject(subject: Subject, *, batch_size: int = 250) -> dict[str, Any
             {key: checkpoints.finite(value) if isinstance(value, float) else value for key, value in row.items()}
             for row in certificate.account.rows()
         ],
-        # The first is the whole network, the others its layers.
+        # The first is the whole network, the others the entries of its account and the layers inside them.
         "falsifier": {key: checkpoints.finite(value) for key, value in falsifications[0].as_dict().items()},
         "falsifier_layers": {found.layer: checkpoints.finite(found.ratio) for found in falsifications[1:]},
         "seconds": {"certify": round(seconds, 3)},

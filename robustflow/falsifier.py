@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustflow.bounds import Account, flat_children, lipschitz_of
+from robustflow.bounds import Account, LayerBound, Named, account, flat_children, lipschitz_of
 from robustflow.certificates import float64_features
 from robustflow.errors import UserError
+from robustflow.networks import Classifier
 from robustflow.rounding import forward_with_error
 
 # Distances at which pairs start: the derivative, and steps across many kinks.
@@ -76,6 +77,10 @@ def falsify(
     if pairs < 1 or iterations < 1 or len(points) == 0:
         raise UserError("the falsifier needs at least one point, one pair and one iteration")
     frozen = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
+
+    def run(x: Tensor) -> Tensor:
+        return frozen(x.clone())  # its first layer may work in place
+
     points = points.detach().to("cpu", torch.float64)
     claimed = lipschitz_of(frozen, tuple(points.shape[1:]), layer) if claimed is None else claimed
     generator = torch.Generator().manual_seed(seed)
@@ -83,22 +88,22 @@ def falsify(
     best = _Best()
     with torch.enable_grad():
         for _ in range(iterations):
-            x, y = _power_step(frozen, x, y, best, generator)
+            x, y = _power_step(run, x, y, best, generator)
         x, y = best.x.clone().requires_grad_(), best.y.clone().requires_grad_()
         # A tenth of the pair's distance is far enough to cross kinks, near enough to keep what was found.
         reach = float((best.x - best.y).flatten(1).norm(dim=1).median())
         optimizer = torch.optim.Adam([x, y], lr=0.1 * max(reach, 1e-6) / math.sqrt(x[0].numel()))
         for _ in range(iterations):
             optimizer.zero_grad()
-            ratio = _ratio(frozen(x) - frozen(y), x - y)
+            ratio = _ratio(run(x) - run(y), x - y)
             best.update(x, y, ratio)
             (-ratio.clamp_min(1e-300).log().sum()).backward()
             optimizer.step()
-        best.update(x, y, _ratio(frozen(x) - frozen(y), x - y))
+        best.update(x, y, _ratio(run(x) - run(y), x - y))
     i = int(best.ratio.argmax())
     x, y = best.x[i : i + 1], best.y[i : i + 1]
     zero = torch.zeros(1, dtype=torch.float64)
-    error = float(forward_with_error(frozen, x, zero)[1] + forward_with_error(frozen, y, zero)[1])
+    error = sum(float(forward_with_error(frozen, end.clone(), zero)[1]) for end in (x, y))
     # The differences x − y and f(x) − f(y) and their norms are rounded, too.
     distance = float(torch.linalg.vector_norm(x - y))
     observed = float(best.ratio[i])
@@ -106,18 +111,38 @@ def falsify(
 
 
 def falsify_network(
-    module: nn.Module, images: Tensor, *, pairs: int = 6, iterations: int = 20, seed: int = 0
+    module: nn.Module,
+    images: Tensor,
+    *,
+    audit: Account | None = None,
+    pairs: int = 6,
+    iterations: int = 20,
+    seed: int = 0,
 ) -> list[Falsification]:
-    """`falsify` the features of a classifier as a whole (first), then each of its layers, at the activations of images.
+    """`falsify` the features of a classifier as a whole (first), then every entry of their account and every layer.
 
-    module: as `robustflow.certificates.certify` takes it; images: (n, C, H, W) in [0, 1], a handful is enough.
+    Layers are searched at the activations of images, entries of several layers (two steps along one kernel, folded
+    maps) as a block.
+
+    module: as `robustflow.certificates.certify` takes it; images: (n, C, H, W) in [0, 1], a handful is enough;
+    audit: the claims, `Certificate.account`, if it is there already.
     """
-    features = float64_features(module)
-    found = [falsify(features, images, pairs=pairs, iterations=iterations, seed=seed, layer="features")]
-    for name, layer, inputs in _layers(features, images.detach().to("cpu", torch.float64)[:pairs]):
-        # A single layer is far from its bound or close to it after a few steps.
-        steps = max(1, iterations // 2)
-        found.append(falsify(layer, inputs, pairs=pairs, iterations=steps, seed=seed, layer=name))
+    features, name = float64_features(module), "features" if isinstance(module, Classifier) else ""
+    audit = account(features, tuple(images.shape[1:]), name) if audit is None else audit
+    options: dict[str, Any] = {"pairs": pairs, "seed": seed}
+    found = [falsify(features, images, claimed=audit.lipschitz, iterations=iterations, layer="features", **options)]
+    layers = _layers(flat_children(features, name), images.detach().to("cpu", torch.float64)[:pairs])
+    searched: list[tuple[str, float | None, nn.Sequential, Tensor]] = []
+    searched += [(entry.layer, entry.bound, block, inputs) for entry, block, inputs in _entries(layers, audit)]
+    alone = {path for path, *_ in searched}
+    weighty = {path for path, layer, _ in layers if any(True for _ in layer.parameters())}
+    searched += [(path, None, nn.Sequential(layer), x) for path, layer, x in layers if path in weighty - alone]
+    # A single layer is far from its bound or close to it after a few steps. Layers in a joint entry are searched twice,
+    # in as many steps together.
+    twice = sum(len(weighty & set(path.split(" + "))) for path, *_ in searched)
+    steps = max(1, iterations * len(weighty) // (2 * max(twice, 1)))
+    for path, claimed, block, inputs in searched:
+        found.append(falsify(block, inputs, claimed=claimed, iterations=steps, layer=path, **options))
     return found
 
 
@@ -133,13 +158,27 @@ def lower_estimates(
     x = images.detach().to("cpu", torch.float64)
     options: dict[str, Any] = {"pairs": pairs, "iterations": iterations, "seed": seed}
     reached = {"": falsify(whole, x, claimed=audit.lipschitz, **options).observed}
-    layers = [*flat_children(whole.features, "features"), ("head", whole.head)]  # type: ignore[arg-type]
-    inputs = []
-    with torch.no_grad():
-        for _, layer in layers:
-            inputs.append(x)
-            x = layer(x)  # type: ignore[operator]
-    places = {name: place for place, (name, _) in enumerate(layers)}
+    children = [*flat_children(whole.features, "features"), ("head", whole.head)]  # type: ignore[arg-type]
+    for entry, block, inputs in _entries(_layers(children, x), audit):  # type: ignore[arg-type]
+        reached[entry.layer] = falsify(block, inputs, claimed=entry.bound, **options).observed
+    return reached
+
+
+@torch.no_grad()
+def _layers(children: Iterable[Named], x: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
+    """Every layer with its name and what comes in."""
+    found = []
+    for name, layer in children:
+        found.append((name, layer, x))
+        x = layer(x.clone())
+    return found
+
+
+def _entries(
+    layers: list[tuple[str, nn.Module, Tensor]], audit: Account
+) -> Iterator[tuple[LayerBound, nn.Sequential, Tensor]]:
+    """Every entry of an account that is made of these layers, as a block, with what comes in."""
+    places = {name: place for place, (name, _, _) in enumerate(layers)}
     taken = {name: entry.layer for entry in audit.layers for name in entry.layer.split(" + ")}
     for entry in audit.layers:
         names = entry.layer.split(" + ")
@@ -147,18 +186,8 @@ def lower_estimates(
             continue
         first, last = places[names[0]], places[names[-1]]
         # An entry of folded maps contains the rearrangements between them, not an activation that has its own entry.
-        inside = [part for name, part in layers[first : last + 1] if taken.get(name, entry.layer) == entry.layer]
-        block = nn.Sequential(*inside)  # type: ignore[arg-type]
-        reached[entry.layer] = falsify(block, inputs[first], claimed=entry.bound, **options).observed
-    return reached
-
-
-def _layers(features: nn.Sequential, x: Tensor) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    for name, layer in flat_children(features, "features"):
-        if any(True for _ in layer.parameters()):
-            yield name, layer, x
-        with torch.no_grad():
-            x = layer(x)
+        inside = [part for name, part, _ in layers[first : last + 1] if taken.get(name, entry.layer) == entry.layer]
+        yield entry, nn.Sequential(*inside), layers[first][2]
 
 
 class _Best:
@@ -187,7 +216,7 @@ def _starts(points: Tensor, pairs: int, generator: torch.Generator) -> tuple[Ten
 
 
 def _power_step(
-    module: nn.Module, x: Tensor, y: Tensor, best: _Best, generator: torch.Generator
+    module: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, best: _Best, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     y = y.detach().requires_grad_()
     change = module(y) - module(x).detach()

@@ -6,18 +6,19 @@ layers, `robustflow.bounds` composes them; use `register` to add your own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import singledispatch
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustflow import norms
+from robustflow.baking import require_settled
 from robustflow.errors import UserError
+from robustflow.spectra import axes_of, pair
 
 Shape = tuple[int, ...]
 PLAIN_DTYPES = (torch.float32, torch.float64)
@@ -65,8 +66,8 @@ def layer_bounds(module: nn.Module, shape: Shape, name: str = "") -> list[LayerB
     """Lipschitz bounds, one a layer, whose product bounds the module on inputs of ``shape`` (without the batch).
 
     Raises:
-        UserError: no rule, a ``forward`` that the rule does not know, hooks, dropout or batch normalisation in training
-            mode, weights that are NaN, infinite or in half precision.
+        UserError: no rule, a ``forward`` that the rule does not know, hooks, dropout, batch normalisation or a
+            parametrised weight in training mode, weights that are NaN, infinite or in half precision.
 
     >>> [(b.kind, round(b.bound, 3)) for b in layer_bounds(nn.Sigmoid(), (3,), "act")]
     [('Sigmoid', 0.25)]
@@ -75,6 +76,7 @@ def layer_bounds(module: nn.Module, shape: Shape, name: str = "") -> list[LayerB
     known = next((base for base in type(module).__mro__ if base in _rules.registry), object)
     if known is not object:
         require_code_of(module, known, where)
+    require_settled(module, name)
     tensors = [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]
     for path, tensor in tensors:
         if not tensor.is_floating_point():
@@ -102,8 +104,12 @@ def output_shape(module: nn.Module, shape: Shape, name: str = "") -> Shape:
         raise UserError(f"{name or 'the module'} ({type(module).__name__}) does not take {shape}: {reason}") from None
 
 
-# Methods that a forward pass may go through: a subclass that replaces one of them is another function.
-_CODE = ("forward", "__call__", "_call_impl", "_conv_forward", "adjoint", "_kernel")
+# Methods that a forward pass, or the rules' reading of a module's parts, may go through: a subclass that replaces one
+# of them is another function, or not the one that is read.
+_CODE = (
+    *("forward", "__call__", "_call_impl", "_conv_forward", "adjoint", "_kernel", "_matrix"),
+    *("__iter__", "__len__", "__getitem__", "__delitem__", "__getattr__", "__getattribute__"),
+)
 
 
 def runs_code_of(module: nn.Module, *kinds: type) -> bool:
@@ -125,6 +131,15 @@ def require_code_of(module: nn.Module, kind: type, where: str) -> None:
         )
     if module._forward_hooks or module._forward_pre_hooks:
         raise UserError(f"{where} has forward hooks, which may change what it computes: remove them before certifying")
+
+
+def refuse_inplace(module: nn.Module, name: str, reader: str) -> None:
+    """Raise UserError where a part of the module may write over its input, which the ``reader`` reads afterwards."""
+    for path, part in module.named_modules(prefix=name):
+        if getattr(part, "inplace", False):
+            raise UserError(
+                f"{path} ({type(part).__name__}) writes over its input, which {reader} reads, too: use inplace=False"
+            )
 
 
 # ------------------------------------------------------------ linear maps, with a diagonal folded in on either side
@@ -152,6 +167,14 @@ def scale_kernel(weight: Tensor, before: Tensor | None, after: Tensor | None, gr
 
 @scaled_norm.register
 def _(module: nn.Conv2d, shape: Shape, before: Tensor | None, after: Tensor | None) -> tuple[str, float]:
+    if module.padding_mode != "zeros":
+        # What torch pads by then is kept from construction.
+        size, stride, dilation = (pair(value) for value in (shape[1:], module.stride, module.dilation))
+        padding = module.padding if isinstance(module.padding, str) else pair(module.padding)
+        rows, columns = axes_of(module.weight, size, stride, padding, dilation)
+        sides = [columns.before, columns.after, rows.before, rows.after]
+        if list(module._reversed_padding_repeated_twice) != sides:
+            raise UserError("a Conv2d does not pad as its padding says: build it again instead of changing its padding")
     bound = norms.conv2d_norm(
         scale_kernel(module.weight, before, after, module.groups),
         tuple(shape[1:]),
@@ -220,6 +243,11 @@ ELEMENTWISE: dict[type[nn.Module], tuple[str, Callable[..., float]]] = {
 
 
 def _elementwise(module: nn.Module, shape: Shape, name: str) -> list[LayerBound]:
+    for key, value in vars(module).items():
+        # max(1, |nan|) would be 1.
+        if isinstance(value, (Real, Tensor)) and not bool(torch.as_tensor(value).isfinite().all()):
+            where = f"{name or 'the module'} ({type(module).__name__})"
+            raise UserError(f"{where} has {key} = {value}, which gives no Lipschitz bound: use a finite number")
     formula, slope = next(ELEMENTWISE[base] for base in type(module).__mro__ if base in ELEMENTWISE)
     return [LayerBound(name, type(module).__name__, formula, slope(module))]
 
@@ -242,54 +270,3 @@ def _rearranging(module: nn.Module, shape: Shape, name: str) -> list[LayerBound]
 
 for _rearranging_kind in (*REARRANGING, nn.ZeroPad2d):
     register(_rearranging_kind)(_rearranging)
-
-
-# ------------------------------------------------------------------------------------------------------------- pooling
-def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-@register(nn.MaxPool2d)
-def _max_pool(module: nn.MaxPool2d, shape: Shape, name: str) -> list[LayerBound]:
-    """√(largest number of windows that see one pixel), one factor a direction."""
-    if module.return_indices:
-        raise UserError(f"{name or 'the module'} (MaxPool2d) returns indices, which have no Lipschitz constant")
-    made, windows = output_shape(module, shape), 1
-    k, s, p, d = (_two(v) for v in (module.kernel_size, module.stride, module.padding, module.dilation))
-    for axis in (-2, -1):
-        seen = np.add.outer(np.arange(made[axis]) * s[axis] - p[axis], np.arange(k[axis]) * d[axis]).ravel()
-        windows *= int(np.bincount(seen[(seen >= 0) & (seen < shape[axis])], minlength=1).max())
-    return [LayerBound(name, "MaxPool2d", f"√(windows on a pixel) = √{windows}", norms.up(math.sqrt(windows)))]
-
-
-def _average_axis(n: int, outputs: int, k: int, s: int, p: int, module: nn.AvgPool2d) -> Tensor:
-    matrix = torch.zeros(outputs, n, dtype=torch.float64)
-    for i in range(outputs):
-        start, end = i * s - p, min(i * s - p + k, n + p)
-        inside = slice(max(start, 0), min(end, n))
-        count = end - start if module.count_include_pad else inside.stop - inside.start
-        matrix[i, inside] = 1.0 if module.divisor_override else 1 / max(count, 1)
-    return matrix
-
-
-@register(nn.AvgPool2d)
-def _average_pool(module: nn.AvgPool2d, shape: Shape, name: str) -> list[LayerBound]:
-    made, bound = output_shape(module, shape), 1.0
-    k, s, p = (_two(v) for v in (module.kernel_size, module.stride, module.padding))
-    for axis in (-2, -1):
-        bound *= norms.linear_norm(_average_axis(shape[axis], made[axis], k[axis], s[axis], p[axis], module))
-    if module.divisor_override:
-        bound /= abs(module.divisor_override)
-    return [LayerBound(name, "AvgPool2d", "σ(P_h)·σ(P_w), dense", norms.up(bound))]
-
-
-@register(nn.AdaptiveAvgPool2d)
-def _adaptive_average_pool(module: nn.AdaptiveAvgPool2d, shape: Shape, name: str) -> list[LayerBound]:
-    bound = 1.0
-    for n, outputs in zip(shape[-2:], output_shape(module, shape)[-2:], strict=True):
-        matrix = torch.zeros(outputs, n, dtype=torch.float64)
-        for i in range(outputs):
-            start, end = i * n // outputs, -(-(i + 1) * n // outputs)
-            matrix[i, start:end] = 1 / (end - start)
-        bound *= norms.linear_norm(matrix)
-    return [LayerBound(name, "AdaptiveAvgPool2d", "σ(P_h)·σ(P_w), dense", norms.up(bound))]

@@ -197,8 +197,8 @@ def conv2d_smallest_singular_value(weight: Tensor, image_size: Pair, *, padding_
     least = math.inf
     for batch in symbols(weight, torus):
         values = torch.linalg.svdvals(batch)
-        least = min(least, float((values[:, -1] - margin * values[:, 0]).min()))
-        if least <= 0 or least**2 <= lost * (1 + margin):
+        least = min(float((values[:, -1] - margin * values[:, 0]).min()), least)  # in this order NaN stays
+        if not (least > 0 and least**2 > lost * (1 + margin)):
             return 0.0
     return math.sqrt(least**2 - lost * (1 + margin)) * (1 - INFLATION) * scale
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflow import norms
+from robustflow.errors import UserError
 from robustflow.fields import GradientField
 from robustflow.layer_rules import LayerBound, Shape, layer_bounds, register
 from robustflow.operators import Convolution
@@ -98,6 +99,9 @@ def _sll(module: SLLStep, shape: Shape, name: str) -> list[LayerBound]:
     Σ_j |K'K'ᵀ|_ij p_j/p_i for positive weights p (p = q√T is the theorem's own), K'K'ᵀ ≼ ρ and the constant is at most
     max(1, 2ρ − 1).
     """
+    if module.padding != module.weight.shape[-1] // 2:
+        size, where = module.weight.shape[-1], f"{name or 'the module'} (SLLStep)"
+        raise UserError(f"{where} has padding {module.padding}: set it to {size // 2}, which keeps the image's size")
     kernel, _, error = _sll_map(module)
     weight = module.weight.detach().to("cpu", torch.float64)
     # √T of a row is by how much its kernel was divided; a row of zeros may have any weight.
@@ -142,7 +146,8 @@ def _cayley(module: CayleyConvolution, shape: Shape, name: str) -> list[LayerBou
     # Images of pixels → kernel (out, in, H, W) of y[p] = Σ_d K[d] x[p − d]; the sign of d leaves the norm as it is.
     kernel, scale = normalised((exact(pixels) - exact.bias.view(-1, 1, 1)).transpose(0, 1).contiguous())
     margin = inflation(height * width * channels, channels)
-    bound = norms.up(largest_norm(symbols(kernel, (height, width))) * (1 + margin), scale)
+    # At least 1: in real arithmetic Q is orthogonal.
+    bound = max(1.0, norms.up(largest_norm(symbols(kernel, (height, width))) * (1 + margin), scale))
     return [LayerBound(name, "CayleyConvolution", "max σ(Q(ω)) of the materialised map on the torus", bound)]
 
 

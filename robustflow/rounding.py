@@ -116,11 +116,11 @@ def _forward(
         made = lengths(out)
         return out, (left_error + right_error + 2 * UNIT * made) * (1 + 1e-9), made
     constant, rounding = plan.rule(module, tuple(x.shape[1:]))
-    out = module(x)
     local: Tensor | float = rounding.fixed
-    if rounding.size:
+    if rounding.size:  # before the layer runs, which may be in place
         local = local + rounding.size * (lengths(x) if size is None else size)
-    length = lengths(out) if rounding.out else size if isinstance(module, nn.Flatten) else None
+    out = module(x)
+    length = lengths(out) if rounding.out else size if runs_code_of(module, nn.Flatten) else None
     if rounding.out and length is not None:
         local = local + rounding.out * length
     return out, (constant * error + local) * (1 + 1e-9), length

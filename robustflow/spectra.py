@@ -44,7 +44,12 @@ def normalised(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def up(value: float, factor: float = 1.0) -> float:
-    """The next float64 above value·factor: a product of positive bounds that underflows must not become 0."""
+    """The next float64 above value·factor: a product of positive bounds that underflows must not become 0.
+
+    What is not a number bounds nothing: infinite.
+    """
+    if math.isnan(value) or math.isnan(factor):
+        return math.inf
     return math.nextafter(value * factor, math.inf) if value > 0 and factor > 0 else 0.0
 
 
@@ -134,14 +139,18 @@ def symbols(weight: Tensor, torus: tuple[int, int], stride: Pair = 1, dilation: 
 def largest_norm(batches: Iterator[Tensor]) -> float:
     """max ‖M‖₂ over all matrices: eigenvalues where the maximum may lie, a Cholesky proof of "not here" elsewhere.
 
-    S² I − M*M positive definite proves ‖M‖ < S (the factorisation's own rounding is covered by `inflation`).
+    S² I − M*M positive definite proves ‖M‖ < S (the factorisation's own rounding is covered by `inflation`). Infinite
+    where an entry is not finite.
     """
     best = 0.0
     for batch in batches:
         gram = batch @ batch.mH if batch.shape[1] <= batch.shape[2] else batch.mH @ batch
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
         # trace ≥ largest eigenvalue: what cannot exceed the best needs no factorisation.
-        gram = gram[gram.diagonal(dim1=1, dim2=2).real.sum(1) > best]
+        trace = gram.diagonal(dim1=1, dim2=2).real.sum(1)
+        if not bool(torch.isfinite(trace).all()):
+            return math.inf
+        gram = gram[trace > best]
         for _ in range(3):
             if len(gram) == 0:
                 break

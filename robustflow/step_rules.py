@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from robustflow import norms
 from robustflow.errors import UserError
 from robustflow.fields import GradientField, TwoKernelField
-from robustflow.layer_rules import LayerBound, Shape, register, require_code_of, scale_kernel, scaled_norm
+from robustflow.layer_rules import LayerBound, Shape, register, require_code_of, runs_code_of, scale_kernel, scaled_norm
 from robustflow.networks import Normalize
 from robustflow.operators import Convolution, PatchConvolution
+from robustflow.spectra import pair
 from robustflow.steps import AveragedStep, EulerStep
 
 
@@ -56,7 +57,9 @@ def smallest_singular_value(operator: Convolution | PatchConvolution, shape: Sha
         # Pixels that no patch covers (a size that is no multiple of the patch) are lost: σ_min = 0.
         covered = shape[1] % operator.patch == 0 and shape[2] % operator.patch == 0
         return norms.singular_value_bounds(operator.weight)[0] if covered else 0.0
-    return norms.conv2d_smallest_singular_value(operator.weight, tuple(shape[1:]))
+    # Of a map that keeps the image's size: with another padding borders may be lost.
+    keeps_size = pair(operator.padding) == (operator.weight.shape[2] // 2, operator.weight.shape[3] // 2)
+    return norms.conv2d_smallest_singular_value(operator.weight, tuple(shape[1:])) if keeps_size else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -69,11 +72,21 @@ def contractive_constant(h: float, slope: float, smallest: float, largest: float
     return max(1 - h * slope * smallest**2, h * largest**2 - 1)
 
 
+def _check_numbers(field: GradientField | TwoKernelField) -> None:
+    """Slope and sign are attributes, which may have been changed since the field was built."""
+    kind, sign = type(field).__name__, getattr(field, "sign", 1)
+    if not 0 <= field.slope <= 1:
+        raise UserError(f"a {kind} has the slope {field.slope}, which has no Lipschitz rule: set it to one in [0, 1]")
+    if sign not in (-1, 1):
+        raise UserError(f"a {kind} has the sign {sign}, which has no Lipschitz rule: set it to -1 or 1")
+
+
 def _step(h: float, field: nn.Module, shape: Shape, keep: float) -> tuple[str, float]:
     """(formula, bound) of keep·x + h·F(x) for ``keep`` > 0 and a step size of either sign."""
     for kind in (GradientField, TwoKernelField):
         if isinstance(field, kind):
             require_code_of(field, kind, f"the field {type(field).__name__}")
+            _check_numbers(field)
     if isinstance(field, GradientField):
         largest = largest_singular_value(field.operator, shape)
         signed = h * field.sign / keep
@@ -110,6 +123,15 @@ def _averaged(module: AveragedStep, shape: Shape, name: str) -> list[LayerBound]
     return [LayerBound(name, "AveragedStep", formula, bound)]
 
 
+def pair_condition(h_c: float, h_e: float, slope: float, largest: float) -> bool:
+    """0 ≤ h_E ≤ a·h_C and h_C·σ² ≤ 1, where rounding cannot have made it true.
+
+    >>> [pair_condition(1.0, h_e, 0.5, largest) for h_e, largest in ((0.49, 0.99), (0.51, 0.99), (0.49, 1.1))]
+    [True, False, False]
+    """
+    return 0 <= h_e <= slope * h_c * (1 - 4 * norms.UNIT) and h_c * largest**2 * (1 + 4 * norms.UNIT) <= 1
+
+
 def shared_kernel_pair(first: nn.Module, second: nn.Module, shape: Shape) -> str | None:
     """Why two steps with one and the same operator A are together 1-Lipschitz, if they are.
 
@@ -123,6 +145,11 @@ def shared_kernel_pair(first: nn.Module, second: nn.Module, shape: Shape) -> str
     for step in (first, second):
         if not (isinstance(step, EulerStep) and isinstance(step.field, GradientField)):
             return None
+        # Of a subclass with code of its own nothing is known here, whatever rule it has.
+        if not (runs_code_of(step, EulerStep) and runs_code_of(step.field, GradientField)):
+            return None
+        if any(part._forward_hooks or part._forward_pre_hooks for part in (step, step.field)):
+            return None
         fields.append(step.field)
         sizes.append(float(step.step_size.detach()) * step.field.sign)
     if fields[0].operator is not fields[1].operator:
@@ -130,7 +157,7 @@ def shared_kernel_pair(first: nn.Module, second: nn.Module, shape: Shape) -> str
     contractive = 0 if sizes[0] <= sizes[1] else 1
     h_c, h_e, slope = -sizes[contractive], sizes[1 - contractive], fields[contractive].slope
     largest = largest_singular_value(fields[0].operator, shape)
-    if 0 <= h_e <= slope * h_c * (1 - 4 * norms.UNIT) and h_c * largest**2 * (1 + 4 * norms.UNIT) <= 1:
+    if pair_condition(h_c, h_e, slope, largest):
         sizes_text = f"h_C = {h_c:.6g}, h_E = {h_e:.6g}, a = {slope:.6g}"
         return f"shared kernel (proof: robustflow.step_rules): h_C σ² ≤ 1 and h_E ≤ a·h_C with {sizes_text}"
     return None

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from robustflow.baselines import Residual
 from robustflow.bounds import account
-from robustflow.networks import Normalize, create_model
+from robustflow.certificates import certify
+from robustflow.errors import UserError
+from robustflow.networks import Normalize, create_model, list_models
 from robustflow.operators import Convolution, PatchConvolution
 
 F64 = torch.float64
@@ -90,17 +92,35 @@ def test_residual_adds_its_branches() -> None:
     assert [part.layer for part in audit.layers[0].parts] == ["0.shortcut", "0.body.0", "0.body.1", "0.body.2"]
 
 
-@pytest.mark.parametrize(
-    "regime", ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp", "shared", "resnet"]
-)
+@pytest.mark.parametrize("regime", list_models())
 def test_networks_of_every_regime(regime: str) -> None:
     torch.manual_seed(0)
-    model = create_model(regime, input_shape=(1, 4, 4), channels=(3,), layers=2, mean=[0.3], std=[0.5])
+    model = create_model(regime, input_shape=(1, 4, 4), channels=(4,), layers=2, mean=[0.3], std=[0.5])
     model.constrain_(exact=True)
     model = model.double().eval()
     for point in torch.rand(4, 1, 4, 4, dtype=F64) * 3:
         assert jacobian_norm(model.features, point) <= bound_of(model.features, (1, 4, 4)) * HOLDS
         assert jacobian_norm(model, point) <= bound_of(model, (1, 4, 4)) * HOLDS
+
+
+def test_a_torchvision_resnet_is_refused_by_name_and_certified_from_its_parts() -> None:
+    """As the README says it."""
+    from torchvision.models import resnet
+
+    torch.manual_seed(0)
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3).double().eval()
+    x = torch.rand(2, 3, 16, 16, dtype=F64)
+    with pytest.raises(UserError, match="a ResNet cannot be certified"):
+        certify(net, x)
+    with pytest.raises(UserError, match=r"4\.0 is a BasicBlock"):
+        certify(nn.Sequential(*list(net.children())[:-1], nn.Flatten(), net.fc), x)
+    blocks: list[nn.Module] = []
+    for b in (*net.layer1, *net.layer2, *net.layer3, *net.layer4):
+        body = nn.Sequential(b.conv1, b.bn1, nn.ReLU(), b.conv2, b.bn2)
+        blocks += [Residual(body, b.downsample), nn.ReLU()]
+    same = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.maxpool, *blocks, net.avgpool, nn.Flatten(), net.fc)
+    assert torch.allclose(same(x), net(x))
+    assert math.isfinite(certify(same, x).lipschitz)
 
 
 def test_a_layer_used_twice_counts_twice() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robustflow import norms
+from robustflow import norms, step_rules
+from robustflow.bounds import Account, account
 from robustflow.errors import UserError
 from robustflow.falsifier import falsify, falsify_network
 from robustflow.fields import GradientField
-from robustflow.networks import Normalize, create_model
+from robustflow.networks import Normalize, create_model, list_models
 from robustflow.operators import Convolution, PatchConvolution
 from robustflow.steps import EulerStep
 
@@ -20,10 +22,8 @@ F64 = torch.float64
 
 
 def check_falsifier_agrees() -> None:
-    """No claim of the account is refuted, in any regime, network or layer."""
-    for seed, regime in enumerate(
-        ["unconstrained", "naive", "nonexpansive", "prescribed", "flexible", "sharp", "resnet"]
-    ):
+    """No claim of the account is refuted, in any regime: of the network, of an entry or of a layer."""
+    for seed, regime in enumerate(list_models()):
         torch.manual_seed(seed)
         model = create_model(regime, input_shape=(2, 8, 8), channels=(4, 6), layers=2, mean=[0.5] * 2, std=[0.25] * 2)
         with torch.no_grad():
@@ -101,10 +101,46 @@ def test_network_then_layers() -> None:
     model = create_model("sharp", input_shape=(1, 4, 4), channels=(4,), layers=2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = falsify_network(model.eval(), torch.rand(2, 1, 4, 4), iterations=3)
-    assert [entry.layer for entry in found][:2] == ["features", "features.1"]
+    # The normalisation is folded into the convolution, whose own claim is searched as well.
+    assert [entry.layer for entry in found][:2] == ["features", "features.0 + features.1"]
+    assert found[-1].layer == "features.1"
+    assert "features.4" in [entry.layer for entry in found]  # a pool: it has a claim, if no weights
     assert len({entry.layer for entry in found}) == len(found)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(isinstance(entry.x, Tensor) and entry.x.dtype == F64 for entry in found)
+
+
+def test_every_entry_of_an_account_is_searched() -> None:
+    """What a certificate multiplies are entries, some of several layers: a false one of those is found, too."""
+    torch.manual_seed(0)
+    shared = create_model("shared", input_shape=(2, 4, 4), channels=(4,), layers=2, kernel="patch", lift="patch").eval()
+    images = torch.rand(2, 2, 4, 4)
+    audit = account(shared.features.double(), (2, 4, 4), "features")
+    found = falsify_network(shared, images, iterations=4)
+    assert {entry.layer for entry in audit.layers} <= {entry.layer for entry in found}
+    assert found[0].claimed == audit.lipschitz
+    for i, entry in enumerate(audit.layers):
+        lowered = dataclasses.replace(entry, bound=entry.bound / 2)
+        wrong = Account((*audit.layers[:i], lowered, *audit.layers[i + 1 :]))
+        found = falsify_network(shared, images, audit=wrong, iterations=8)
+        assert [entry.layer for entry in found[1:] if entry.violated] == [entry.layer]
+        assert found[0].claimed == wrong.lipschitz
+
+
+def test_a_false_claim_of_a_pair_along_one_kernel_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = PatchConvolution(1, 4, 2)
+    with torch.no_grad():
+        kernel.weight.copy_(torch.diag(torch.tensor([0.7, 0.5, 0.3, 0.1])))
+    fields = [GradientField(kernel, slope=0.5, sign=sign) for sign in (1, -1)]
+    for field, bias in zip(fields, (5.0, -5.0), strict=True):  # the expansive one on, the contractive one off
+        torch.nn.init.constant_(field.bias, bias)
+    pair = nn.Sequential(EulerStep(fields[0], 0.9), EulerStep(fields[1], 1.0))
+    net = nn.Sequential(pair, nn.Flatten(), nn.Linear(4, 2))
+    images = torch.rand(2, 1, 2, 2)
+    assert not any(found.violated for found in falsify_network(net, images))
+    monkeypatch.setattr(step_rules, "pair_condition", lambda h_c, h_e, slope, largest: h_e <= h_c)
+    found = falsify_network(net, images)
+    assert [entry.layer for entry in found if entry.violated] == ["features", "0.0 + 0.1"]
 
 
 def test_refusals() -> None:

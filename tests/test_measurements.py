@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustflow import cli
 from robustflow.bounds import account
-from robustflow.measurements import FAMILIES, campaign, digits, kernels, networks
+from robustflow.measurements import FAMILIES, campaign, digits, kernels, networks, tables
 from robustflow.networks import RESNET, create_model
 from robustflow.regimes import REGIMES
 
@@ -161,6 +161,22 @@ def test_published_constant_of_a_prescribed_network_is_one() -> None:
 
 def float64(model):  # type: ignore[no-untyped-def]
     return networks.float64_features(model)
+
+
+def test_the_page_says_what_a_number_is_worth() -> None:
+    row = {"images": 10, "extrapolated": False, "forward_cpu_seconds": 1.0, "certify_cpu_seconds": 1.0}
+    shares = [row | {"network": f"n{share}", "share_on_top": share} for share in (-0.002, 0.004, 0.0737)]
+    text = tables.share({"goal": 0.1, "rows": shares})
+    assert "falsifier, is not" in text
+    assert [line.split(" | ")[-1] for line in text.splitlines()[-3:]] == ["< 1 % |", "< 1 % |", "7.4 % |"]
+    one = {
+        "images": 1, "lipschitz": 1.0, "lipschitz_by_published_constant": 1.0, "median_gain_of_exact_constant": 1.0,
+        "median_gain_of_pairwise_head": 1.0,
+    }  # fmt: skip
+    names = ["digits: sharp", "digits: prescribed (accuracy 0.8)", "cifar10: naive", "cifar10: prescribed"]
+    text = tables.gains({"rows": [one | {"model": name} for name in names]})
+    assert [line.split(" | ")[0] for line in text.splitlines()[-4:]] == [f"| {names[i]}" for i in (1, 3, 0, 2)]
+    assert "no one would train under" in text
 
 
 def test_share_subtracts_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

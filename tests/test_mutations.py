@@ -151,6 +151,46 @@ def test_dropped_root_of_two_passes_when_right() -> None:
     assert radius_tests.check_planted_adversary(two_classes_on_a_line) < 1.01
 
 
+def test_a_pair_of_classes_by_the_length_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """‖w_y‖ instead of ‖w_y − w_j‖: opposite rows are twice as far apart as they are long."""
+    right = certificates._Head.__init__
+
+    def one_row(self: Any, head: nn.Linear) -> None:
+        right(self, head)
+        self.distances = self.lengths[:, None].expand_as(self.distances)
+
+    monkeypatch.setattr(certificates._Head, "__init__", one_row)
+    caught_by(radius_tests.check_exact_radii, lambda: radius_tests.check_planted_adversary(two_classes_on_a_line))
+
+
+def test_only_the_second_largest_logit_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest class is the one with the smallest quotient of margin and ‖w_y − w_j‖, not the runner-up."""
+
+    def runner_up(self: Any, z: Tensor, error: Tensor, label: Any, lipschitz: float) -> tuple[Tensor, Tensor]:
+        first, second = F.linear(z, self.weight, self.bias).topk(2)[1].T
+        margin = (z * (self.weight[first] - self.weight[second])).sum(1) + self.bias[first] - self.bias[second]
+        return first, margin / (lipschitz * self.distances[first, second])
+
+    monkeypatch.setattr(certificates._Head, "radii", runner_up)
+    caught_by(radius_tests.check_exact_radii)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda h_c, h_e, slope, largest: 0 <= h_e <= h_c and h_c * largest**2 <= 1,
+        lambda h_c, h_e, slope, largest: 0 <= h_e <= slope * h_c,
+        lambda h_c, h_e, slope, largest: 0 <= h_e <= slope * h_c and h_c * largest <= 2,
+    ],
+    ids=["h_E ≤ h_C", "without h_C σ² ≤ 1", "h_C σ ≤ 2"],
+)
+def test_a_pair_along_one_kernel_under_a_wrong_condition(
+    condition: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_rules, "pair_condition", condition)
+    caught_by(step_tests.check_shared_pair)
+
+
 def two_classes_on_a_line(seed: int) -> tuple[nn.Module, tuple[int, int, int]]:
     """A network whose radii are exact, so that no wrong factor hides in the slack of a bound."""
     torch.manual_seed(seed)

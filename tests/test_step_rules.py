@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -178,6 +179,27 @@ def test_shared_kernel_pair_in_a_network(first: int) -> None:
     stranger = copy.deepcopy(pair)
     stranger[1].field.operator = copy.deepcopy(stranger[1].field.operator)
     assert len(account(stranger, (2, 4, 4)).layers) == 2
+
+
+def check_shared_pair() -> None:
+    """No Jacobian of two steps along one kernel exceeds what they are said to be worth together or apart."""
+    matrix = torch.diag(torch.tensor([1.0, 0.7, 0.3, 0.1], dtype=F64))
+    for scale, h_c, h_e in [(0.99, 1.0, 0.45), (0.99, 1.0, 0.9), (0.5, 0.6, 0.5), (2.0, 1.0, 0.5), (1.6, 0.9, 0.3)]:
+        kernel = PatchConvolution(1, 4, 2)
+        fields = [GradientField(kernel, slope=0.5, sign=sign) for sign in (-1, 1)]
+        pair = nn.Sequential(EulerStep(fields[0], h_c), EulerStep(fields[1], h_e)).double()
+        kernel.weight.data = scale * matrix
+        for order in (pair, nn.Sequential(pair[1], pair[0])):
+            claimed = bound_of(order, (1, 2, 2))
+            for off, on in itertools.product((-50.0, 0.0, 50.0), repeat=2):
+                torch.nn.init.constant_(fields[0].bias, off)
+                torch.nn.init.constant_(fields[1].bias, on)
+                true = jacobian_norm(order, torch.randn(1, 2, 2, dtype=F64))
+                assert true <= claimed * HOLDS, (scale, h_c, h_e, off, on, true, claimed)
+
+
+def test_shared_pairs() -> None:
+    check_shared_pair()
 
 
 def test_pixels_that_no_patch_covers_are_lost() -> None:

@@ -16,18 +16,21 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
-from robustflow import checkpoints, data, environment, evaluation, networks
+from robustflow import checkpoints, data, evaluation, networks
 from robustflow.bounds import account
 from robustflow.config import Experiment, ModelConfig
 from robustflow.data import ImageSet
 from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
 from robustflow.falsifier import lower_estimates
+from robustflow.image_task import ImageTask
 from robustflow.networks import Classifier
-from robustflow.training import STATE, WEIGHTS, Training, check_state
+from robustflow.trained import CARD, check_weights, identity_of, is_finished, read_card, train_once
+from robustflow.training import STATE, WEIGHTS, check_state
 
-CONFIG, CARD = "config.json", "card.json"
+CONFIG = "config.json"
 
 
 def open_directory(out: Path, experiment: Experiment, name: str, images: ImageSet) -> None:
@@ -38,7 +41,7 @@ def open_directory(out: Path, experiment: Experiment, name: str, images: ImageSe
     """
     pixels = fingerprint(images)
     for config in experiment.models:
-        folder, identity = out / "models" / config.name, _identity(config, experiment.seed, pixels)
+        folder, identity = out / "models" / config.name, identity_of(config, experiment.seed, pixels)
         if not is_finished(folder, identity) and (folder / STATE).is_file():
             check_state(folder / STATE, identity)
     try:
@@ -55,6 +58,8 @@ def read_directory(out: Path) -> tuple[Experiment, str]:
         raise UserError(f"{out} is not a directory: run `robustflow bench CONFIG --out {out}` first")
     raw = checkpoints.read_json(out / CONFIG)
     try:
+        if "system" in raw:
+            raise UserError(f"{out} holds a structured system, not classifiers: only those are certified and attacked")
         name = raw.pop("name")
         raw.pop("command")
         return Experiment.model_validate_json(json.dumps(raw)), name
@@ -86,18 +91,11 @@ def load_model(config: ModelConfig, images: ImageSet, folder: Path) -> Classifie
     Raises:
         UserError: not trained yet, a broken checkpoint, another architecture, or weights that are not the card's.
     """
-    card = read_card(folder)
+    read_card(folder)
     model = build_model(config, images)
     checkpoints.load_weights(model, folder / WEIGHTS)
-    if checkpoints.sha256(folder / WEIGHTS) != card.get("sha256"):
-        raise UserError(f"{folder / WEIGHTS} is not the file that {folder / CARD} describes (its SHA-256 differs)")
+    check_weights(folder)
     return model.eval()
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    if not (folder / CARD).is_file():
-        raise UserError(f"{folder} holds no trained model (no {CARD}): run `robustflow train` first")
-    return checkpoints.read_json(folder / CARD)
 
 
 def fingerprint(images: ImageSet) -> str:
@@ -133,28 +131,6 @@ def chosen_models(experiment: Experiment, only: str | None) -> list[ModelConfig]
     return list(experiment.models) if only is None else [experiment.model(only)]
 
 
-def _identity(config: ModelConfig, seed: int, pixels: str) -> str:
-    # Without defaults, so that an option added later does not disown the models of before.
-    decisive = config.model_dump(mode="json", exclude_defaults=True, exclude={"train": {"checkpoint_seconds"}})
-    return hashlib.sha256(json.dumps([decisive, seed, pixels], sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(folder: Path, identity: str) -> bool:
-    """Whether the model is trained.
-
-    Raises:
-        UserError: it is, but with another config, seed or data.
-    """
-    if not (folder / CARD).is_file():
-        return False
-    if read_card(folder).get("identity") != identity:
-        raise UserError(
-            f"{folder} holds a model that was trained with another config, seed or data: choose another --out, or "
-            "delete that directory"
-        )
-    return True
-
-
 def train_model(
     config: ModelConfig,
     folder: Path,
@@ -166,55 +142,43 @@ def train_model(
     group: Group = ALONE,
     listener: Callable[[int], None] | None = None,
 ) -> None:
-    identity = _identity(config, seed, pixels)
-    finished = is_finished(folder, identity)
-    group.agree(int(finished), f"the model {folder}")
-    if finished:
-        return
-    torch.manual_seed(seed)
-    model = build_model(config, images)
-    training = Training(
-        model, images, config.train, folder, seed=seed, device=device, identity=identity, group=group,
-        listener=listener,
-    )  # fmt: skip
-    seconds = training.run()
-    if not group.leads:
-        return
-    card = {
-        "schema_version": 1,
-        "name": config.name,
-        "regime": config.regime,
-        "description": networks.list_models()[config.regime],
-        "parameters": networks.parameter_count(model),
-        "multiply_adds": networks.multiply_adds(model),
-        "config": config.model_dump(mode="json"),
-        "seed": seed,
-        "seconds": {"train": round(seconds, 3)},
-        "processes": group.size,
-        "environment": environment.describe(device),
-        "data": {
-            "dataset": images.name,
-            "source": images.source,
-            "input_shape": list(images.input_shape),
-            "class_names": list(images.class_names),
-            "train_n": len(images.splits["train"]),
-            "validation_n": len(images.splits["validation"]),
-            "sha256": pixels,
-        },
-        "identity": identity,
-        "sha256": checkpoints.sha256(folder / WEIGHTS),
+    def build() -> ImageTask:
+        model = build_model(config, images)
+        part = group.part(model, config.train.batch_size)
+        return ImageTask(model, images, config.train, device=device, part=part)
+
+    def about(model: nn.Module) -> dict[str, Any]:
+        assert isinstance(model, Classifier)
+        return {
+            "regime": config.regime,
+            "description": networks.list_models()[config.regime],
+            "parameters": networks.parameter_count(model),
+            "multiply_adds": networks.multiply_adds(model),
+            "config": config.model_dump(mode="json"),
+        }
+
+    examples = {
+        "dataset": images.name,
+        "source": images.source,
+        "input_shape": list(images.input_shape),
+        "class_names": list(images.class_names),
+        "train_n": len(images.splits["train"]),
+        "validation_n": len(images.splits["validation"]),
+        "sha256": pixels,
     }
-    checkpoints.write_json(folder / CARD, card)
-    (folder / STATE).unlink(missing_ok=True)
+    train_once(
+        folder, config.train, build, about, examples, identity=identity_of(config, seed, pixels), seed=seed,
+        device=device, group=group, listener=listener,
+    )  # fmt: skip
 
 
 def _subjects(
-    experiment: Experiment, out: Path, images: ImageSet, only: str | None
+    experiment: Experiment, out: Path, images: ImageSet, only: str | None, splits: tuple[str, ...]
 ) -> Iterator[tuple[ModelConfig, evaluation.Subject]]:
-    """Every model on every split of the evaluation; each model is read once for each split, fresh from its file."""
+    """Every model on these splits; each model is read once for each split, fresh from its file."""
     if only is not None:
         experiment.model(only)
-    for split_name in experiment.evaluate.splits:
+    for split_name in splits:
         split, folder = evaluation.open_evaluation(out, images, split_name, experiment.evaluate)
         for config in experiment.models:
             if only in (None, config.name):
@@ -228,7 +192,7 @@ def certify(
 ) -> list[str]:
     """Certify every model on every split. Returns, if asked to explain, the readable account of each bound."""
     accounts = []
-    for config, subject in _subjects(experiment, out, images, only):
+    for config, subject in _subjects(experiment, out, images, only, experiment.evaluate.splits):
         evaluation.certify_subject(subject, batch_size=experiment.evaluate.batch_size)
         if explain:
             audit = account(subject.model, subject.model.input_shape)
@@ -255,9 +219,9 @@ def attack(
     executor: str = "serial",
     workers: int | None = None,
 ) -> int:
-    """Attack every model on every split. Returns the number of alarms."""
+    """Attack every model on every split that the config has attacked. Returns the number of alarms."""
     alarms = 0
-    for _, subject in _subjects(experiment, out, images, only):
+    for _, subject in _subjects(experiment, out, images, only, experiment.evaluate.attacked_splits):
         record = evaluation.attack_subject(
             subject, experiment.evaluate, seed=experiment.seed, device=device, executor=executor, workers=workers
         )
@@ -266,15 +230,17 @@ def attack(
 
 
 def unfinished(experiment: Experiment, out: Path) -> list[str]:
-    """The models that no report can show yet: not trained, or not attacked on every split."""
+    """The models that no report can show yet: not trained, or not certified and attacked where the config says so."""
+    config = experiment.evaluate
 
-    def attacked(name: str) -> bool:
-        folders = [f"{experiment.dataset}-{split}" for split in experiment.evaluate.splits]
-        records = [out / "evaluations" / folder / f"{name}.json" for folder in folders]
-        return all(path.is_file() and "attack_identity" in checkpoints.read_json(path) for path in records)
+    def done(name: str, split: str) -> bool:
+        path = out / "evaluations" / f"{experiment.dataset}-{split}" / f"{name}.json"
+        stage = "attack_identity" if split in config.attacked_splits else "certificate_identity"
+        return path.is_file() and stage in checkpoints.read_json(path)
 
-    trained = [model.name for model in experiment.models if (out / "models" / model.name / CARD).is_file()]
-    return [model.name for model in experiment.models if model.name not in trained or not attacked(model.name)]
+    names = [model.name for model in experiment.models]
+    trained = [name for name in names if (out / "models" / name / CARD).is_file()]
+    return [name for name in names if name not in trained or not all(done(name, split) for split in config.splits)]
 
 
 def load_data(experiment: Experiment, directory: Path | None) -> ImageSet:

@@ -30,7 +30,11 @@ from robustflow.config import Experiment
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
 from robustflow.measurements import FAMILIES, Request, measure
+from robustflow.parser import Parser
 from robustflow.report import build_report
+from robustflow.seeds import command as seed_stages
+from robustflow.seeds.reading import check_out, seed_directories
+from robustflow.structured import commands as systems
 from robustflow.training_grid import train_grid
 
 
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="robustflow", description=__doc__.splitlines()[0])
+    parser = Parser(prog="robustflow", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -64,17 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     for name, command, text in (
-        ("bench", _bench, "train, certify and attack every model of a config, and report"),
+        ("bench", _bench, "train, certify and attack every model of a config, or measure those of a system; report"),
         ("train", _train, "train the models of a config that are not finished"),
     ):
         sub = add(name, command, text)
         sub.add_argument("config", metavar="CONFIG", help="a TOML file, or a name that `robustflow list` shows")
         sub.add_argument("--out", type=Path, help="output directory (default: runs/CONFIG)")
         seeds = sub.add_mutually_exclusive_group()
-        seeds.add_argument("--seed", type=_seed, help="instead of the config's seed")
-        if name == "train":
-            text = "train every model with each of these seeds, comma-separated, into OUT/seed-N"
-            seeds.add_argument("--seeds", type=_seeds, metavar="LIST", help=text)
+        seeds.add_argument("--seed", type=seed_stages.seed_number, help="instead of the config's seed")
+        text = f"{name} every model with each of these seeds, comma-separated, in OUT/seed-N"
+        seeds.add_argument("--seeds", type=seed_stages.seed_list, metavar="LIST", help=text)
         _add_machine(sub)
         _add_executor(sub, "trainings" if name == "train" else "attacks")
     for name, command, text in (
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         ("attack", _attack, "attack the certified models of an output directory"),
     ):
         sub = add(name, command, text)
-        place = "output directory of `robustflow train`"
+        place = "output directory of `robustflow train`, of one seed or of several"
         if name == "certify":
             sub.add_argument("out", type=Path, metavar="TARGET", help=f"{place}, or one model's: OUT/models/NAME")
             text = "print each bound layer by layer, with what it loses against a lower estimate"
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_command.add_options(sub)
     _add_executor(sub)
     sub = add("report", _report, "rebuild summary, tables, plots and report.html from the rows of a directory")
-    sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow bench`")
+    sub.add_argument("out", type=Path, metavar="OUT", help="output directory of `robustflow bench`, of seeds too")
     sub = add("measure", _measure, "measure what the project claims of its own certificates and attacks")
     sub.add_argument("what", choices=tuple(FAMILIES), help="what to measure")
     sub.add_argument("--out", type=Path, required=True, help="where the numbers, table.md and plots go")
@@ -104,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--bench", type=Path, metavar="DIR", help="a benchmark directory whose models are measured, too")
     sub.add_argument("--data", type=Path, metavar="DIR", help="data directory of that benchmark")
     model_commands.register(add)
-    sub = add("list", _list, "list models, trained models, attacks, datasets and configs")
-    choices = ("models", "trained", "attacks", "datasets", "configs")
+    sub = add("list", _list, "list models, trained models, attacks, datasets, systems and configs")
+    choices = ("models", "trained", "attacks", "datasets", "systems", "configs")
     sub.add_argument("what", nargs="?", choices=choices, help="only these")
     return parser
 
@@ -120,19 +123,6 @@ def _add_executor(parser: argparse.ArgumentParser, what: str = "attacks") -> Non
     text = f"where {what} run: in this process, in local processes, on a Ray cluster; the numbers are the same"
     parser.add_argument("--executor", choices=("serial", "workers", "ray"), default="serial", help=text)
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; on Ray all its CPUs)")
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a seed is a whole number of at least 0, not {text!r}")
-    return int(text)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(_seed(part) for part in text.split(","))
-    if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"every seed once, not {text!r}")
-    return seeds
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Experiment, Path, ImageSet]:
@@ -153,12 +143,17 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, str, Path, ImageSet]
     file = config.find(options.config)
     name = known.get(str(file.resolve()), str(options.config))
     out = options.out or Path("runs") / file.stem
+    check_out(out, options.seeds is not None)
     return experiment, name, out, bench.load_data(experiment, options.data)
 
 
 def _bench(options: argparse.Namespace) -> int:
     started = time.monotonic()
+    if systems.is_structured(options.config):
+        return systems.run(options, report=True)
     device = environment.choose_device(options.device)
+    if options.seeds is not None:
+        return _bench_seeds(options, device)
     experiment, out, images = _prepare(options)
     bench.train(experiment, out, images, device=device, only=options.model)
     bench.certify(experiment, out, images, only=options.model)
@@ -174,6 +169,13 @@ def _bench(options: argparse.Namespace) -> int:
     return _verdict(alarms, report)
 
 
+def _bench_seeds(options: argparse.Namespace, device: torch.device) -> int:
+    out, folders = _train_side_by_side(options, device)
+    seed_stages.certify(folders, options)
+    alarms = seed_stages.attack(folders, options, device)
+    return _verdict(alarms, seed_stages.report(out, folders))
+
+
 def _verdict(alarms: int, place: Path) -> int:
     if alarms:
         print(f"robustflow: ALARM: {alarms} adversarials inside certified balls, see {place}", file=sys.stderr)
@@ -182,9 +184,12 @@ def _verdict(alarms: int, place: Path) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if systems.is_structured(options.config):
+        return systems.run(options, report=False)
     device = environment.choose_device(options.device)
     if options.seeds is not None or options.executor != "serial":
-        return _train_side_by_side(options, device)
+        _train_side_by_side(options, device)
+        return 0
     with distributed.joined(device) as group:
         with group.leader_first():
             experiment, name, out, images = _read(options)
@@ -194,7 +199,7 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train_side_by_side(options: argparse.Namespace, device: torch.device) -> int:
+def _train_side_by_side(options: argparse.Namespace, device: torch.device) -> tuple[Path, dict[int, Path]]:
     if distributed.launched():
         raise UserError("--seeds and --executor start processes of their own: leave torchrun out")
     experiment, name, out, images = _read(options)
@@ -205,14 +210,18 @@ def _train_side_by_side(options: argparse.Namespace, device: torch.device) -> in
         experiment, folders, images, device=device, only=options.model, executor=options.executor,
         workers=options.workers,
     )  # fmt: skip
-    return 0
+    return out, folders
 
 
 def _certify(options: argparse.Namespace) -> int:
     environment.choose_device(options.device)
+    systems.refuse(options.out)
     out, model = bench.locate(options.out)
     if model is not None and options.model not in (None, model):
         raise UserError(f"{options.out} is the model {model}, not {options.model}: leave --model out")
+    if model is None and (folders := seed_directories(out)):
+        seed_stages.certify(folders, options)
+        return 0
     experiment, _ = bench.read_directory(out)
     images = bench.load_data(experiment, options.data)
     only = options.model or model
@@ -223,6 +232,9 @@ def _certify(options: argparse.Namespace) -> int:
 
 def _attack(options: argparse.Namespace) -> int:
     device = environment.choose_device(options.device)
+    systems.refuse(options.out)
+    if folders := seed_directories(options.out):
+        return _verdict(seed_stages.attack(folders, options, device), options.out)
     experiment, _ = bench.read_directory(options.out)
     evaluation.check_attacks(experiment.evaluate)
     images = bench.load_data(experiment, options.data)
@@ -240,7 +252,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    print(build_report(options.out))
+    print((systems.report if systems.holds_systems(options.out) else build_report)(options.out))
     return 0
 
 
@@ -267,6 +279,7 @@ def _list(options: argparse.Namespace) -> int:
         "trained": lambda: (f"{name:30} {path}" for name, path in models.list_trained().items()),
         "attacks": _attack_lines,
         "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
+        "systems": systems.lines,
         "configs": lambda: (f"{name:15} {path}" for name, path in config.list_configs().items()),
     }
     chosen = [options.what] if options.what else list(sections)

@@ -126,7 +126,8 @@ def compare(a: Rows, b: Rows) -> Comparison:
         notes.append(f"certified accuracy left out: no certificate in {without}")
     if not sets:
         different = f"A was attacked with {', '.join(a.norms)}, B with {', '.join(b.norms)}"
-        notes.append(f"attacked accuracy left out: {different}")
+        spared = " and ".join(str(rows.path) for rows in (a, b) if not rows.norms)
+        notes.append(f"attacked accuracy left out: {f'no attacks in {spared}' if spared else different}")
     elif set(a.norms) != set(b.norms):
         notes.append(f"attacked by {', '.join(sets)} alone, which both have")
     names = (a.name, b.name) if a.name != b.name else (f"{a.name} (A)", f"{b.name} (B)")
@@ -200,7 +201,7 @@ def read(spec: str | Path, split: str | None = None) -> Rows:
     if split is not None:
         found = [file for file in found if file.parent.name.endswith(f"-{split}")]
     if not found:
-        raise UserError(f"{folder} was not evaluated{f' on {split}' if split else ''}: run `robustflow attack` first")
+        raise UserError(f"{folder} was not evaluated{f' on {split}' if split else ''}: run `robustflow certify` first")
     if len(found) > 1:
         raise UserError(f"{folder} was evaluated {len(found)} times, choose with --split: {', '.join(map(str, found))}")
     return _of_benchmark(found[0])
@@ -230,6 +231,8 @@ def _rows(path: Path, name: str, card: Any, told: Any) -> Rows:
     try:
         text = pd.read_csv(path, dtype=str, keep_default_na=False)
         kinds: dict[str, Callable[[str], float]] = dict(zip(SAMPLES, (int, int, int, _number, float), strict=True))
+        if not sets:  # certified only
+            del kinds["adversarial_norm"]
         rows = pd.DataFrame({key: [kind(cell) for cell in text[key]] for key, kind in kinds.items()})
         # Tables of `robustflow evaluate` know one set and have no column for it.
         columns = {one: f"norm_{one}" if len(sets) > 1 or f"norm_{one}" in text else SAMPLES[-1] for one in sets}

@@ -13,10 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from robustflow import data, networks
 from robustflow.errors import UserError
+from robustflow.strict import Strict, validated
 
 MAXIMUM_CONFIG_BYTES = 64_000  # tomllib takes time with the square of the depth of a dotted key
 
@@ -32,10 +33,7 @@ def _radius(value: Any) -> Any:
 
 
 Radius = Annotated[float, BeforeValidator(_radius), Field(ge=0, allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class NetworkConfig(Strict):
@@ -85,32 +83,40 @@ LossConfig = Annotated[
 ]
 
 
-class TrainConfig(Strict):
-    """How a model is trained. ``muon_learning_rate`` is the step for orthonormal matrices under optimizer "muon"."""
+class LoopConfig(Strict):
+    """What any training has, of whatever it is."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
-    loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset", offset=0.3, temperature=0.25))
-    optimizer: Literal["sgd", "nadam", "muon"] = "muon"
+    optimizer: str
     learning_rate: float = Field(3e-3, gt=0)
-    muon_learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the training in which one-cycle rises")
     step_every: int = Field(30, ge=1, description="epochs between the drops of 'steps', by a factor of ten")
+    log_every: int = Field(1, ge=1, description="epochs to a line of the log, validated at its end")
+    checkpoint_seconds: float = Field(120.0, gt=0)
+
+
+class TrainConfig(LoopConfig):
+    """How a classifier is trained. ``muon_learning_rate``: the step for orthonormal matrices under optimizer "muon"."""
+
+    loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset", offset=0.3, temperature=0.25))
+    optimizer: Literal["sgd", "nadam", "muon"] = "muon"
+    muon_learning_rate: float = Field(0.02, gt=0)
     crop: int = Field(2, ge=0)
     flip: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True
-    checkpoint_seconds: float = Field(120.0, gt=0)
     validate_images: int = Field(1000, ge=0, description="validation images after an epoch; all at the end")
 
 
 class EvaluateConfig(Strict):
-    """On which images a model is certified and attacked, and how."""
+    """On which images a model is certified and attacked, and how. ``attacked``: of the splits; None, all of them."""
 
     splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    attacked: tuple[Literal["validation", "test"], ...] | None = None
     images: int | None = Field(None, ge=1)
     epsilons: tuple[Radius, ...] = Field(min_length=1)
     attacks: tuple[str, ...] = Field(default=("standard",), min_length=1)
@@ -119,10 +125,18 @@ class EvaluateConfig(Strict):
     eight_bit: bool = Field(False, description="only adversarials whose pixels are multiples of 1/255 count")
     examples: int = Field(8, ge=0)
 
-    @field_validator("splits", "epsilons", "attacks", mode="before")
+    @field_validator("splits", "attacked", "epsilons", "attacks", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("attacked")
+    @classmethod
+    def _among_the_splits(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        splits = info.data.get("splits")
+        if splits is not None and not set(value or ()) <= set(splits):
+            raise ValueError(f"only what is in splits, {', '.join(splits) or 'nothing'}, can be attacked")
+        return value
 
     @field_validator("epsilons")
     @classmethod
@@ -131,11 +145,16 @@ class EvaluateConfig(Strict):
             raise ValueError("the radii must increase, without duplicates")
         return value
 
+    @property
+    def attacked_splits(self) -> tuple[str, ...]:
+        """The splits that are certified and attacked, in the order of ``splits``; the others are certified only."""
+        return tuple(split for split in self.splits if self.attacked is None or split in self.attacked)
+
 
 class ModelConfig(Strict):
     """One model of a benchmark: a regime, with the experiment's network and training where it says nothing else."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name
     regime: str
     network: NetworkConfig
     train: TrainConfig
@@ -180,7 +199,7 @@ class Experiment(Strict):
 
 
 def read(path: Path | str) -> Experiment:
-    """Read an experiment from a TOML file, or by the name of a config that comes with the package.
+    """Read an experiment with classifiers from a TOML file, or by the name of a config that comes with the package.
 
     Raises:
         UserError: no such file, no TOML, an unknown key or a wrong value.
@@ -188,18 +207,32 @@ def read(path: Path | str) -> Experiment:
     >>> read("quickstart").dataset
     'digits'
     """
+    raw, origin = read_toml(path)
+    if "system" in raw:
+        raise UserError(
+            f"{origin} is of a system, without classifiers: `robustflow bench` and `robustflow train` take it"
+        )
+    return from_dict(raw, origin)
+
+
+def read_toml(path: Path | str) -> tuple[dict[str, Any], str]:
+    """The plain content of a config, and the file it is in."""
     file = find(path)
     try:
         if file.stat().st_size > MAXIMUM_CONFIG_BYTES:
             raise UserError(f"{file} is larger than {MAXIMUM_CONFIG_BYTES} bytes: not a config")
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
     except (ValueError, RecursionError, OSError) as error:  # no TOML, no text, numbers of 5,000 digits; too deep
         raise UserError(f"{file} cannot be read as TOML: {error}") from error
-    return from_dict(raw, str(file))
 
 
 def from_dict(raw: dict[str, Any], origin: str = "config") -> Experiment:
     """Build an experiment from plain data; the tables [network] and [train] are defaults of every model."""
+    return validated(Experiment, with_defaults(raw, origin), origin)
+
+
+def with_defaults(raw: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The tables [network] and [train] moved into every model that says nothing else."""
     raw = dict(raw)
     shared = {key: raw.pop(key, {}) for key in ("network", "train")}
     models = raw.get("models")
@@ -208,10 +241,7 @@ def from_dict(raw: dict[str, Any], origin: str = "config") -> Experiment:
             if not isinstance(table, dict):
                 raise UserError(f"{origin}: network and train must be tables")
         raw["models"] = tuple({**model, **_merged(shared, model)} for model in models)
-    try:
-        return Experiment.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_first_line(error)}") from None
+    return raw
 
 
 def _merged(shared: dict[str, dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
@@ -220,20 +250,6 @@ def _merged(shared: dict[str, dict[str, Any]], model: dict[str, Any]) -> dict[st
         own = model.get(key, {})
         merged[key] = {**defaults, **own} if isinstance(own, dict) else own
     return merged
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # A shown value is cut short: a config may hold anything.
-    key = ".".join(str(part) for part in first["loc"])[:120] or "top level"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}"
-    if first["type"] == "missing":
-        return f"{key}: missing"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{key}: {message[0].lower()}{message[1:]} (got {shown})"
 
 
 def config_directory() -> Path:

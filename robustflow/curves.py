@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from robustflow.results import Evaluation
+from robustflow.results import Evaluation, Verdicts
 from robustflow.style import EPSILON, GREY, INK, WIDTH, colour, dash, panels, robust_accuracy_axes, short, survival
 from robustflow.tables import bound, epsilon_label, uncertified
+
+Steps = tuple[np.ndarray, np.ndarray]
 
 
 def _limit(evaluation: Evaluation) -> float:
@@ -35,44 +37,53 @@ def _markers(ax: Any, points: list[dict[str, Any]], **style: Any) -> None:
     )
 
 
-def draw_overview(evaluation: Evaluation, figures: dict[str, Any], places: dict[str, int], about: str) -> Figure:
-    """All models in two panels: what is proved, and what no attack broke."""
-    limit, count = _limit(evaluation), len(evaluation.models)
-    figure = Figure(figsize=(WIDTH, 4.1 + 0.22 * ((count + 3) // 4)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for model, row in zip(evaluation.models, figures["models"], strict=True):
+def _known(evaluation: Evaluation, figures: dict[str, Any]) -> list[tuple[Verdicts, dict[str, Any]]]:
+    """The models that have a curve, with their figures: without attacks those with a certificate."""
+    both = zip(evaluation.models, figures["models"], strict=True)
+    return [(model, row) for model, row in both if evaluation.is_attacked or not uncertified(row)]
+
+
+def draw_overview(evaluation: Evaluation, figures: dict[str, Any], places: dict[str, int], about: str) -> Figure | None:
+    """All models in two panels: what is proved, and what no attack broke; in one where nothing was attacked."""
+    limit, known = _limit(evaluation), _known(evaluation, figures)
+    if not known:
+        return None
+    count, titles = len(known), ["Certified: proved", "Attacked: no adversarial found"][: 1 + evaluation.is_attacked]
+    figure = Figure(figsize=(WIDTH if len(titles) > 1 else 7.0, 4.1 + 0.22 * ((count + 3) // 4)), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for model, row in known:
         place = places[model.name]
         line = {"color": colour(place), "ls": dash(place), "lw": 1.8}
         if not uncertified(row):
-            left.step(*survival(model.radii, limit), where="post", **line)
-        right.step(*survival(model.norms(), limit), where="post", label=short(model.name), **line)
-    for ax, title in ((left, "Certified: proved"), (right, "Attacked: no adversarial found")):
+            axes[0].step(*survival(model.radii, limit), where="post", **line)
+        if evaluation.is_attacked:
+            axes[1].step(*survival(model.norms(), limit), where="post", **line)
+        axes[-1].lines[-1].set_label(short(model.name))
+    for ax, title in zip(axes, titles, strict=True):
         robust_accuracy_axes(ax, limit)
         ax.set_title(title)
         ax.set_xlabel(EPSILON)
-    left.set_ylabel("robust accuracy (%)")
+    axes[0].set_ylabel("robust accuracy (%)")
     figure.suptitle(about, fontsize=9, color="#555555")
     figure.legend(loc="outside lower center", ncols=min(4, count))
     return figure
 
 
-def draw_curves(evaluation: Evaluation, figures: dict[str, Any], places: dict[str, int], about: str) -> Figure:
+def draw_curves(evaluation: Evaluation, figures: dict[str, Any], places: dict[str, int], about: str) -> Figure | None:
     """A panel a model: proved below the certified curve, broken above the attacked one, undecided between them."""
-    limit = _limit(evaluation)
-    figure, axes = panels(len(evaluation.models))
-    for ax, model, row in zip(axes, evaluation.models, figures["models"], strict=True):
-        ink = colour(places[model.name])
-        steps = {
-            kind: survival(values, limit) for kind, values in (("certified", model.radii), ("attacked", model.norms()))
-        }
-        x = np.union1d(steps["certified"][0], steps["attacked"][0])
-        low, high = (y[np.searchsorted(at, x, side="right") - 1] for at, y in steps.values())
-        ax.fill_between(x, 0, low, step="post", color=ink, alpha=0.38, lw=0)
-        ax.fill_between(x, low, np.maximum(low, high), step="post", color=ink, alpha=0.13, lw=0)
-        ax.step(*steps["attacked"], where="post", color=ink, lw=1.3, ls=(0, (4, 1.5)))
-        _markers(ax, row["attacked"], color=ink, mfc="white")
+    limit, known = _limit(evaluation), _known(evaluation, figures)
+    if not known:
+        return None
+    figure, axes = panels(len(known))
+    for ax, (model, row) in zip(axes, known, strict=True):
+        ink, certified = colour(places[model.name]), survival(model.radii, limit)
+        if evaluation.is_attacked:
+            _bracket(ax, certified, survival(model.norms(), limit), ink)
+            _markers(ax, row["attacked"], color=ink, mfc="white")
+        else:
+            ax.fill_between(*certified, step="post", color=ink, alpha=0.38, lw=0)
         if not uncertified(row):
-            ax.step(*steps["certified"], where="post", color=ink, lw=1.6)
+            ax.step(*certified, where="post", color=ink, lw=1.6)
             _markers(ax, row["certified"], color=ink)
         robust_accuracy_axes(ax, limit)
         ax.set_title(short(model.name, 24))
@@ -98,11 +109,20 @@ def draw_curves(evaluation: Evaluation, figures: dict[str, Any], places: dict[st
         ),
         Patch(color=GREY, alpha=0.25, lw=0, label="undecided"),
         Line2D([], [], color=INK, marker="o", ms=4, label="certified (proved)"),
-    ]
+    ][0 if evaluation.is_attacked else 2 :]
     figure.legend(handles=handles, loc="outside lower center", ncols=1 if len(axes) == 1 else 3)
     figure.supylabel("robust accuracy (%)", fontsize=9)
     figure.suptitle(f"{about}; bars: 95 % Wilson intervals", fontsize=9, color="#555555")
     return figure
+
+
+def _bracket(ax: Any, certified: Steps, attacked: Steps, ink: str) -> None:
+    """What is proved, what is left undecided, and the upper edge of that."""
+    x = np.union1d(certified[0], attacked[0])
+    low, high = (y[np.searchsorted(at, x, side="right") - 1] for at, y in (certified, attacked))
+    ax.fill_between(x, 0, low, step="post", color=ink, alpha=0.38, lw=0)
+    ax.fill_between(x, low, np.maximum(low, high), step="post", color=ink, alpha=0.13, lw=0)
+    ax.step(*attacked, where="post", color=ink, lw=1.3, ls=(0, (4, 1.5)))
 
 
 def draw_sets(evaluation: Evaluation, figures: dict[str, Any], places: dict[str, int], about: str) -> Figure | None:

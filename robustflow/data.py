@@ -209,7 +209,11 @@ def _read_arrays(path: Path, classes: int, class_names: tuple[str, ...]) -> Arra
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib, EOF and pickle errors alike: the file cannot be read
-        raise UserError(f"{path} cannot be read as an array file (truncated?): {error}") from error
+        # Not numpy's own words, which advise to open pickles.
+        raise UserError(
+            f"{path} cannot be read as an array file (truncated?): write it again with numpy.savez, x_train, y_train, "
+            "x_test and y_test as arrays of integers"
+        ) from error
     for part, pixels, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not len(pixels):
             raise UserError(f"{path}: x_{part} must be uint8 (N, H, W, C), not {pixels.dtype} {pixels.shape}")

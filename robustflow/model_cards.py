@@ -58,7 +58,8 @@ def _figures(folder: Path, card: dict[str, Any]) -> tuple[list[dict[str, Any]], 
                 told = model
                 rows.append({**where, "quantity": "clean", "epsilon": 0.0, **model["clean"]})
                 for quantity in ("certified", "attacked"):
-                    rows += [{**where, "quantity": quantity, **point} for point in model[quantity] if point["epsilon"]]
+                    points = model[quantity] or ()  # none where the split was not attacked
+                    rows += [{**where, "quantity": quantity, **point} for point in points if point["epsilon"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the summary of a benchmark ({error}): run `robustflow report` again") from None
     return rows, told
@@ -83,11 +84,18 @@ def _limits(card: dict[str, Any], figures: list[dict[str, Any]], evaluated: dict
         "test images alone.",
         "Not for decisions about people or where an error does harm.",
     ]
+    seen = {key: _images(figures, key) for key in ("clean", "attacked")}
+    if certified_only := [name for name in seen["clean"] if name not in seen["attacked"]]:
+        limits.insert(3, f"Not attacked on {', '.join(certified_only)}: there attacked accuracy was not measured.")
     certified = [row for row in figures if row["quantity"] == "certified"]
     if certified and not any(row["k"] for row in certified):
         smallest = epsilon_label(certified[0]["epsilon"])
         limits.insert(1, f"Nothing is certified at ε ≥ {smallest}: the bound is too large.")
     return limits
+
+
+def _images(figures: list[dict[str, Any]], quantity: str) -> list[str]:
+    return list(dict.fromkeys(f"{row['dataset']}, {row['split']}" for row in figures if row["quantity"] == quantity))
 
 
 def to_markdown(description: dict[str, Any]) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
-from robustflow.config import TrainConfig
+from robustflow.config import LoopConfig, TrainConfig
 from robustflow.networks import Classifier
 
 
-def build_optimizers(model: Classifier, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every parameter.
 
-    "muon" takes steps of orthogonalised momentum (torch.optim.Muon) on the orthonormal matrices, whose constraint then
-    needs no more than one polar iteration, and NAdam on the rest.
+    "muon", of classifiers only, takes steps of orthogonalised momentum (torch.optim.Muon) on the orthonormal matrices,
+    whose constraint then needs no more than one polar iteration, and NAdam on the rest.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
@@ -23,8 +24,12 @@ def build_optimizers(model: Classifier, config: TrainConfig) -> list[torch.optim
                 trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=False
             )
         ]
+    if config.optimizer == "adam":
+        return [torch.optim.Adam(trained, config.learning_rate, weight_decay=config.weight_decay)]
     chosen: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
+        assert isinstance(model, Classifier)
+        assert isinstance(config, TrainConfig)
         matrices = model.orthonormal_weights()
         if matrices:
             chosen.append(
@@ -34,13 +39,11 @@ def build_optimizers(model: Classifier, config: TrainConfig) -> list[torch.optim
             )
         identities = {id(matrix) for matrix in matrices}
         trained = [parameter for parameter in trained if id(parameter) not in identities]
-    chosen.append(
-        torch.optim.NAdam(trained, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    )
+    chosen.append(torch.optim.NAdam(trained, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay))
     return chosen
 
 
-def schedule(config: TrainConfig, progress: float) -> float:
+def schedule(config: LoopConfig, progress: float) -> float:
     """The factor on every learning rate at ``progress`` in [0, 1).
 
     >>> config = TrainConfig(epochs=1, schedule="cosine")

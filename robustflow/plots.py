@@ -25,22 +25,26 @@ class Plot:
 
 
 def draw(benchmark: Benchmark, summary: dict[str, Any]) -> list[Plot]:
-    """All plots; those that need what is not there (a second attack set, examples, logs) are left out."""
+    """All plots; those that need what is not there (attacks, a second attack set, examples, logs) are left out."""
     places = {card.name: place for place, card in enumerate(benchmark.cards)}
     plots = []
     with house_style():
         for evaluation, figures in zip(benchmark.evaluations, summary["evaluations"], strict=True):
             about = f"{evaluation.card.dataset}, {evaluation.card.split}, n = {evaluation.card.n}"
+            both = "certified and attacked" if evaluation.is_attacked else "certified"
             drawn = {
                 "overview": (
                     draw_overview(evaluation, figures, places, about),
-                    "All models: certified and attacked accuracy against ε",
+                    f"All models: {both} accuracy against ε",
                 ),
                 "curves": (
                     draw_curves(evaluation, figures, places, about),
-                    "Certified and attacked accuracy against ε, a panel a model",
+                    f"{both.capitalize()} accuracy against ε, a panel a model",
                 ),
-                "area": (draw_areas(figures, places, about), "Area under the certified and attacked curves"),
+                "area": (
+                    draw_areas(figures, places, about),
+                    f"Area under the {both} curves",
+                ),
                 "examples": (
                     draw_examples(evaluation, about),
                     "Image, adversarial and magnified difference for each model",
@@ -62,21 +66,23 @@ def draw(benchmark: Benchmark, summary: dict[str, Any]) -> list[Plot]:
 
 def draw_areas(figures: dict[str, Any], places: dict[str, int], about: str) -> Figure | None:
     """The paper's area under the robust-accuracy curve: certified inside attacked, a tick for each weaker set."""
-    if figures["area_over"] is None:
+    sets = figures["attack_sets"]
+    rows = [row for row in figures["models"] if sets or not uncertified(row)]
+    if figures["area_over"] is None or not rows:
         return None
-    rows, sets = figures["models"], figures["attack_sets"]
     figure = Figure(figsize=(WIDTH, 1.5 + 0.42 * len(rows)), layout="constrained")
     ax = figure.subplots()
-    weak = [row["area"]["attacked_by_set"][sets[0]] for row in rows]
+    weak = [row["area"]["attacked_by_set"][sets[0]] if sets else row["area"]["certified"] for row in rows]
     widest = max(weak)
-    heads = ["certified", "attacked", *([f"{short(sets[0], 9)} alone"] if len(sets) > 1 else [])]
+    heads = ["certified", *(["attacked"] if sets else []), *([f"{short(sets[0], 9)} alone"] if len(sets) > 1 else [])]
     columns = [1.17 + 0.19 * place for place in range(len(heads))]
     cell: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8.5, "color": INK}
     for place, text in zip(columns, heads, strict=True):
         ax.text(widest * place, -0.72, text, **cell)
     for y, row in enumerate(rows):
         ink, areas = colour(places[row["name"]]), row["area"]
-        ax.barh(y, areas["attacked"], height=0.72, color=ink, alpha=0.25, lw=0)
+        if sets:
+            ax.barh(y, areas["attacked"], height=0.72, color=ink, alpha=0.25, lw=0)
         ax.barh(y, areas["certified"], height=0.38, color=ink, lw=0)
         if len(sets) > 1:
             ax.vlines(weak[y], y - 0.36, y + 0.36, color=ink, lw=1.4)
@@ -91,7 +97,8 @@ def draw_areas(figures: dict[str, Any], places: dict[str, int], about: str) -> F
     low, high = figures["area_over"]
     ax.set_xlabel(f"area under accuracy (0 to 1) against ε from {epsilon_label(low)} to {epsilon_label(high)}")
     ticks = f"  |  line: attacked by {sets[0]} alone" if len(sets) > 1 else ""
-    ax.set_title(f"inner bar: certified  |  outer bar: attacked{ticks}", weight="normal")
+    outer = f"inner bar: certified  |  outer bar: attacked{ticks}"
+    ax.set_title(outer if sets else "area under the certified curve", weight="normal")
     figure.suptitle(about, fontsize=9, color="#555555")
     return figure
 

@@ -50,7 +50,7 @@ class EvaluationCard(Record):
     split: str
     n: int = Field(ge=1)
     epsilons: list[float] = Field(min_length=1)
-    attack_sets: list[str] = Field(min_length=1)
+    attack_sets: list[str]  # none: certified, not attacked
     class_names: list[str] = []
     models: list[str] | None = None
 
@@ -67,7 +67,7 @@ class Layer(Record):
 
 class EvaluationSeconds(Record):
     certify: float
-    attack: float | None = None  # not yet attacked
+    attack: float | None = None  # not attacked, or not yet
 
 
 class Alarm(Record):

@@ -23,6 +23,7 @@ from robustflow.records import Alarm, Card, Epoch, EvaluationCard, ModelCard, Re
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 Named = TypeVar("Named", Card, ModelCard)
+SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Verdicts:
     card: ModelCard
     rows: pd.DataFrame
     examples: dict[str, np.ndarray] | None
+
+    @property
+    def is_attacked(self) -> bool:
+        return "adversarial_norm" in self.rows
 
     @property
     def correct(self) -> np.ndarray:
@@ -56,6 +61,8 @@ class Verdicts:
 
     def alarms(self) -> list[Alarm]:
         """The recorded alarms and any crossing of the rows that nobody recorded: an alarm cannot be left out."""
+        if not self.is_attacked:
+            return self.card.alarms
         recorded = {alarm.index for alarm in self.card.alarms}
         crossed = self.rows[self.correct & (self.radii > 0) & (self.norms() <= self.radii)]
         found = [
@@ -81,6 +88,11 @@ class Evaluation:
     def epsilons(self) -> list[float]:
         return self.card.epsilons
 
+    @property
+    def is_attacked(self) -> bool:
+        """Whether the config has this split attacked; if not, it is certified only."""
+        return bool(self.card.attack_sets)
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -90,11 +102,13 @@ class Benchmark:
     evaluations: list[Evaluation]
 
 
-def read_benchmark(out: Path) -> Benchmark:
-    """Read OUT/config.json, OUT/models and OUT/evaluations; models in the config's order, else by name.
+def read_benchmark(out: Path, partial: bool = False) -> Benchmark:
+    """Read OUT/config.json, OUT/models and OUT/evaluations; models in the config's order, else by name, evaluations by
+    data set, validation before test.
 
     Raises UserError, naming the file, where one is missing, garbled or at odds with the others. Only train.jsonl and
-    the examples may be absent (a model trained elsewhere, attacks that broke nothing).
+    the examples may be absent (a model trained elsewhere, attacks that broke nothing). With ``partial``, a model that
+    is not trained, or not evaluated on a split, is left out there, and an evaluation may have none.
     """
     out = Path(out)
     if not out.is_dir():
@@ -103,13 +117,21 @@ def read_benchmark(out: Path) -> Benchmark:
     if not isinstance(config, dict):
         raise UserError(f"{out / 'config.json'}: expected an object with name, title and models")
     names = _model_names(config, out)
+    if partial:
+        names = [name for name in names if (out / "models" / name / "card.json").is_file()]
     cards = [_record(Card, out / "models" / name / "card.json", name) for name in names]
     logs = {name: log for name in names if (log := _log(out / "models" / name / "train.jsonl")) is not None}
     root = out / "evaluations"
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
-    if not folders:
+    if not folders and not partial:
         raise UserError(f"{root}: no evaluation to report; run `robustflow certify` and `robustflow attack` first")
-    return Benchmark(config, cards, logs, [_evaluation(folder, names) for folder in folders])
+    evaluations = [_evaluation(folder, names, partial) for folder in folders]
+    return Benchmark(config, cards, logs, sorted(evaluations, key=lambda evaluation: place(evaluation.card)))
+
+
+def place(card: EvaluationCard) -> tuple[str, int, str]:
+    """Where a report has an evaluation: what models are chosen by comes before what they are judged by."""
+    return card.dataset, SPLITS.index(card.split) if card.split in SPLITS else len(SPLITS), card.split
 
 
 def _model_names(config: dict[str, Any], out: Path) -> list[str]:
@@ -174,7 +196,7 @@ def _log(path: Path) -> pd.DataFrame | None:
     return pd.DataFrame(epochs) if epochs else None
 
 
-def _evaluation(folder: Path, names: list[str]) -> Evaluation:
+def _evaluation(folder: Path, names: list[str], partial: bool = False) -> Evaluation:
     path = folder / "evaluation.json"
     card = _validated(EvaluationCard, _json(path), str(path))
     grid = card.epsilons
@@ -182,29 +204,43 @@ def _evaluation(folder: Path, names: list[str]) -> Evaluation:
         raise UserError(f"{path}: epsilons: expected finite numbers >= 0 in increasing order, got {grid}")
     models: list[Verdicts] = []
     for name in names if card.models is None else [n for n in names if n in card.models]:
+        if partial and not (folder / f"{name}.json").is_file():
+            continue
         record = _record(ModelCard, folder / f"{name}.json", name)
-        if record.seconds.attack is None:
+        if not card.attack_sets:
+            record = _certified_only(record)
+        elif partial and record.seconds.attack is None:
+            continue
+        elif record.seconds.attack is None:
             path = folder / f"{name}.json"
             raise UserError(f"{path}: seconds.attack: missing, {name} was not attacked; run `robustflow attack` first")
         rows = _rows(folder / f"{name}.csv", card)
         if models and not rows[["index", "label"]].equals(models[0].rows[["index", "label"]]):
             raise UserError(f"{folder / f'{name}.csv'}: its images or labels differ from those of {models[0].name}.csv")
-        models.append(Verdicts(name, record, rows, _examples(folder / f"{name}.examples.safetensors")))
-    if not models:
+        examples = _examples(folder / f"{name}.examples.safetensors") if card.attack_sets else None
+        models.append(Verdicts(name, record, rows, examples))
+    if not models and not partial:
         raise UserError(f"{path}: models: none of them is in config.json")
     return Evaluation(folder.name, card, models)
 
 
+def _certified_only(record: ModelCard) -> ModelCard:
+    """What attacks under an earlier config cost and warned of is no part of this one; an alarm is: it stays refuted."""
+    seconds = record.seconds.model_copy(update={"attack": None})
+    return record.model_copy(update={"seconds": seconds, "forward_passes": {}, "warnings": []})
+
+
 def _rows(path: Path, card: EvaluationCard) -> pd.DataFrame:
+    """The rows of a model; of a split that is not attacked without the columns that attacks add."""
     sets = [f"norm_{name}" for name in card.attack_sets]
-    numbers = ["certified_radius", "adversarial_norm", *sets]
+    numbers = ["certified_radius", *(["adversarial_norm", *sets] if sets else [])]
     kinds: dict[str, type] = dict.fromkeys(("index", "label", "prediction"), int) | dict.fromkeys(numbers, float)
-    again = "run `robustflow attack` again"
+    again = f"run `robustflow {'attack' if sets else 'certify'}` again"
     try:
         text = path.read_bytes()
         # Read as text, then converted by Python: exact for every float, whatever the parser of this pandas rounds.
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if missing := [column for column in [*kinds, "attack"] if column not in rows]:
+        if missing := [column for column in [*kinds, *(["attack"] if sets else [])] if column not in rows]:
             raise ValueError(f"column {missing[0]!r} is missing")
         for column, kind in kinds.items():
             rows[column] = np.array([kind(cell) for cell in rows[column]])
@@ -214,10 +250,12 @@ def _rows(path: Path, card: EvaluationCard) -> pd.DataFrame:
         raise UserError(f"{path}: not a table of per-image rows ({str(error).splitlines()[0]}); {again}") from None
     if len(rows) != card.n or not text.endswith(b"\n"):
         raise UserError(f"{path}: cut off: {len(rows)} rows, evaluation.json says n = {card.n}; {again}")
-    if rows[numbers].isna().to_numpy().any() or (rows["adversarial_norm"] < 0).any():
+    if rows[numbers].isna().to_numpy().any() or (sets and (rows["adversarial_norm"] < 0).any()):
         raise UserError(f"{path}: a number is missing, NaN or negative; {again}")
     if rows["index"].duplicated().any():
         raise UserError(f"{path}: an image occurs twice; {again}")
+    if not sets:
+        return rows[[*kinds]]
     right = rows["prediction"] == rows["label"]
     if not np.allclose(rows.loc[right, sets].min(axis=1), rows.loc[right, "adversarial_norm"], rtol=1e-5, atol=1e-7):
         raise UserError(f"{path}: adversarial_norm is not the smallest of {', '.join(sets)}; {again}")

@@ -26,10 +26,10 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
         "command": benchmark.config.get("command"),
         "models": [_model(card, benchmark) for card in benchmark.cards],
         "evaluations": [_evaluation(evaluation) for evaluation in benchmark.evaluations],
-        "environment": _environment(benchmark.cards),
+        "environment": environment_of(benchmark.cards),
         "notes": _notes(benchmark),
     }
-    return _plain(summary)
+    return plain(summary)
 
 
 def to_json(summary: dict[str, Any]) -> str:
@@ -66,13 +66,25 @@ def _model(card: Card, benchmark: Benchmark) -> dict[str, Any]:
         "seconds": {
             "train": card.seconds.train,
             "certify": sum(m.card.seconds.certify for m in seen),
-            "attack": sum(m.card.seconds.attack or 0.0 for m in seen),
+            "attack": attack_seconds(seen),
         },
         "data": card.data,
         "sha256": card.sha256,
         "environment": card.environment,
         "training": _training(card.name, benchmark),
     }
+
+
+def attack_seconds(models: list[Verdicts]) -> float | None:
+    """Seconds of all attacks on them; None where they were evaluated and none was attacked."""
+    times = [model.card.seconds.attack or 0.0 for model in models if model.is_attacked]
+    return sum(times) if times or not models else None
+
+
+def alarm_count(models: list[Verdicts]) -> int | None:
+    """How many alarms there are; None, not 0, where nothing was attacked, so that none could be raised."""
+    alarms = sum(len(model.alarms()) for model in models)
+    return alarms if alarms or not models or any(model.is_attacked for model in models) else None
 
 
 def _training(name: str, benchmark: Benchmark) -> dict[str, Any] | None:
@@ -105,15 +117,14 @@ def _area_top(evaluation: Evaluation) -> float:
 def _figures(model: Verdicts, evaluation: Evaluation) -> dict[str, Any]:
     grid, top = evaluation.epsilons, _area_top(evaluation)
     certified = [model.certified(e) for e in grid]
-    attacked = [model.attacked(e) for e in grid]
-    broken = [model.norms() <= e for e in grid]
-    alarms = model.alarms()
-    curves = {
-        "certified": _curve(grid, certified),
-        "attacked": _curve(grid, attacked),
-        "undecided": _curve(grid, [~c & ~b for c, b in zip(certified, broken, strict=True)]),
-        "broken": _curve(grid, broken),
-    }
+    curves: dict[str, Any] = {"certified": _curve(grid, certified)}
+    if evaluation.is_attacked:
+        broken = [model.norms() <= e for e in grid]
+        curves["attacked"] = _curve(grid, [model.attacked(e) for e in grid])
+        curves["undecided"] = _curve(grid, [~c & ~b for c, b in zip(certified, broken, strict=True)])
+        curves["broken"] = _curve(grid, broken)
+    else:
+        curves |= dict.fromkeys(("attacked", "undecided", "broken"))
     by_set = {s: _curve(grid, [model.attacked(e, s) for e in grid]) for s in evaluation.card.attack_sets}
     return {
         "name": model.name,
@@ -122,7 +133,7 @@ def _figures(model: Verdicts, evaluation: Evaluation) -> dict[str, Any]:
         "attacked_by_set": by_set,
         "area": {
             "certified": area(model.radii, top),
-            "attacked": area(model.norms(), top),
+            "attacked": area(model.norms(), top) if evaluation.is_attacked else None,
             "attacked_by_set": {s: area(model.norms(s), top) for s in evaluation.card.attack_sets},
         },
         # Over all n images; a wrong prediction has radius 0.
@@ -131,7 +142,7 @@ def _figures(model: Verdicts, evaluation: Evaluation) -> dict[str, Any]:
             "mean": round(float(np.mean(model.radii)), 10),
             "largest": float(model.radii.max()),
         },
-        "broken_by": _broken_by(model, grid),
+        "broken_by": _broken_by(model, grid) if evaluation.is_attacked else None,
         "lipschitz_bound": model.card.lipschitz_bound,
         "certified_object": model.card.certified_object,
         "account": [layer.model_dump() for layer in model.card.account],
@@ -139,8 +150,8 @@ def _figures(model: Verdicts, evaluation: Evaluation) -> dict[str, Any]:
         "forward_passes": model.card.forward_passes,
         "seconds": model.card.seconds.model_dump(),
         "warnings": model.card.warnings,
-        "alarm_count": len(alarms),
-        "alarms": [alarm.model_dump() for alarm in alarms],
+        "alarm_count": alarm_count([model]),
+        "alarms": [alarm.model_dump() for alarm in model.alarms()],
         "environment": model.card.environment,
     }
 
@@ -175,14 +186,16 @@ def _paired(evaluation: Evaluation) -> dict[str, Any] | None:
                 "name": other.name,
                 "clean": paired_difference(best.correct, other.correct).as_dict(),
                 "certified": paired_difference(best.certified(epsilon), other.certified(epsilon)).as_dict(),
-                "attacked": paired_difference(best.attacked(epsilon), other.attacked(epsilon)).as_dict(),
+                "attacked": paired_difference(best.attacked(epsilon), other.attacked(epsilon)).as_dict()
+                if evaluation.is_attacked
+                else None,
             }
             for other in others
         ],
     }
 
 
-def _environment(cards: list[Card]) -> dict[str, Any]:
+def environment_of(cards: list[Card]) -> dict[str, Any]:
     """The first model's environment; "mixed" tells where another model was trained with other versions or elsewhere."""
     keys = ("versions", "device", "cpu", "revision")
     first = {"versions": {}, "device": None, "revision": None} | cards[0].environment
@@ -194,18 +207,18 @@ def _notes(benchmark: Benchmark) -> list[str]:
     untold = [card.name for card in benchmark.cards if card.name not in benchmark.logs]
     notes = [f"{name}: no train.jsonl, so no training curve" for name in untold]
     for evaluation in benchmark.evaluations:
-        missing = [m.name for m in evaluation.models if m.examples is None]
+        missing = [m.name for m in evaluation.models if m.examples is None and m.is_attacked]
         notes += [f"{evaluation.folder}: {name}: no examples, so no images" for name in missing]
     return notes
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

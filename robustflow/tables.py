@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from decimal import ROUND_CEILING, Context
 from typing import Any
+
+# The radii at which certified accuracy is usually quoted; a report of a grid without them takes four others.
+QUOTED = (36 / 255, 72 / 255, 108 / 255, 1.0)
+
+NOT_ATTACKED = "Certified only: these images were not attacked, so that attacked accuracy was not measured."
 
 
 def epsilon_label(epsilon: float) -> str:
@@ -21,6 +26,13 @@ def epsilon_label(epsilon: float) -> str:
     if len(decimal) <= 4 or not math.isclose(pixels, round(pixels), abs_tol=1e-6):
         return decimal
     return f"{round(pixels)}/255"
+
+
+def quoted(grid: list[float]) -> list[int]:
+    """Where in the grid a page's columns are: the quoted radii, filled up to four from the largest down."""
+    quoted = [i for i, epsilon in enumerate(grid) if any(abs(epsilon - q) < 1e-6 for q in QUOTED)]
+    others = [i for i, epsilon in reversed(list(enumerate(grid))) if epsilon > 0 and i not in quoted]
+    return sorted(quoted + others[: max(0, 4 - len(quoted))])
 
 
 def percent(rate: dict[str, Any]) -> str:
@@ -53,40 +65,65 @@ def bound(value: float | None) -> str:
     return str(rounded if abs(rounded) >= 1e6 else format(rounded, "f")).replace("E", "e")
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """
-    >>> [duration(s) for s in (0.31, 42.0, 754.0, 9000.0)]
-    ['0.3 s', '42 s', '12.6 min', '2.5 h']
+    >>> [duration(s) for s in (None, 0.31, 42.0, 754.0, 9000.0)]
+    ['–', '0.3 s', '42 s', '12.6 min', '2.5 h']
     """
+    if seconds is None:
+        return "–"
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
-    """Three small tables an evaluation (models, certified, attacked): ε in the columns, n and units above them."""
+    """Three small tables an evaluation (models, certified, attacked): ε in the columns, n and units above them.
+
+    A split that is not attacked has the first two, without columns of attacks.
+    """
     models = {model["name"]: model for model in summary["models"]}
-    parts = [f"# {_cell(summary['title'] or summary['name'] or 'Benchmark')}"]
+    parts = [f"# {cell(summary['title'] or summary['name'] or 'Benchmark')}"]
     for evaluation in summary["evaluations"]:
         n, rows = evaluation["n"], evaluation["models"]
-        parts.append(f"## {_cell(evaluation['dataset'])}, {_cell(evaluation['split'])}: n = {n} images")
+        parts.append(f"## {cell(evaluation['dataset'])}, {cell(evaluation['split'])}: n = {n} images")
         parts.append(
             "Accuracies in percent of the n images, with 95 % Wilson intervals. ε bounds the L2 norm of the change,"
             " pixels in [0, 1]; an area is that under accuracy (0 to 1) against ε up to 1 or the largest ε."
-            f" Attack sets: {_cell(', '.join(evaluation['attack_sets']))}."
+            f" {attack_line(evaluation)}"
         )
         head = ["model", "regime", "clean", "area certified", "area attacked", "bound L", "parameters"]
         head += ["multiply-adds", "training", "alarms"]
-        parts.append(_table(head, (_costs(row, models[row["name"]]) for row in rows), left=2))
+        parts.append(table(head, (_costs(row, models[row["name"]]) for row in rows), 2, hidden(evaluation)))
         shown = [i for i, e in enumerate(evaluation["epsilons"]) if e > 0]
         head = ["model", *(f"ε = {epsilon_label(evaluation['epsilons'][i])}" for i in shown)]
         for key, meaning in (
             ("certified", "Certified: proved correct on the whole ball of radius ε"),
             ("attacked", "Attacked: still correct after every attack of norm at most ε"),
         ):
+            if key not in kinds(evaluation):
+                continue
             parts.append(f"{meaning} (percent of n = {n}).")
-            parts.append(_table(head, ([row["name"], *(_rate(row, key, i) for i in shown)] for row in rows)))
+            parts.append(table(head, ([row["name"], *(_rate(row, key, i) for i in shown)] for row in rows)))
     return "\n\n".join(parts) + "\n"
+
+
+def kinds(evaluation: dict[str, Any]) -> tuple[str, ...]:
+    """The curves that an evaluation has: a split may be certified and not attacked."""
+    return ("certified", "attacked") if evaluation["attack_sets"] else ("certified",)
+
+
+def attack_line(evaluation: dict[str, Any]) -> str:
+    sets = evaluation["attack_sets"]
+    return f"Attack sets: {cell(', '.join(sets))}." if sets else NOT_ATTACKED
+
+
+def hidden(evaluation: dict[str, Any]) -> set[str]:
+    """The columns that a split without attacks does not have; those of alarms stay where an earlier attack had any."""
+    if evaluation["attack_sets"]:
+        return set()
+    raised = any(row["alarm_count"] for row in evaluation["models"])
+    return {"area attacked"} if raised else {"area attacked", "alarms"}
 
 
 def uncertified(row: dict[str, Any]) -> bool:
@@ -109,16 +146,18 @@ def _costs(row: dict[str, Any], model: dict[str, Any]) -> list[str]:
         count(model["parameters"]),
         count(model["multiply_adds"]),
         duration(model["seconds"]["train"]),
-        str(row["alarm_count"]),
+        "–" if row["alarm_count"] is None else str(row["alarm_count"]),
     ]
 
 
-def _table(head: list[str], rows: Iterable[list[str]], left: int = 1) -> str:
-    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *([_cell(cell) for cell in row] for row in rows)]
+def table(head: list[str], rows: Iterable[list[str]], left: int = 1, hidden: Container[str] = ()) -> str:
+    """Markdown; the columns named in ``hidden`` are left out."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *([cell(text) for text in row] for row in rows)]
+    lines = [[text for name, text in zip(head, line, strict=True) if name not in hidden] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Names are free text: keep them from ending a cell or becoming HTML where the markdown is shown."""
     for old, new in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), (">", "&gt;"), ("\n", " "), ("\r", " ")):
         text = text.replace(old, new)
@@ -136,7 +175,7 @@ def to_csv(summary: dict[str, Any]) -> str:
             record: dict[str, Any] = {key: evaluation[key] for key in ("dataset", "split", "n")}
             record |= {"model": row["name"], "regime": model["regime"]} | _columns("clean", row["clean"])
             for key in ("certified", "attacked"):
-                points = {point["epsilon"]: point for point in row[key]}
+                points = {point["epsilon"]: point for point in row[key] or ()}
                 for epsilon in grid:
                     record |= _columns(f"{key}@{epsilon_label(epsilon)}", points.get(epsilon, {}))
                 record[f"area_{key}"] = row["area"][key]
@@ -145,6 +184,11 @@ def to_csv(summary: dict[str, Any]) -> str:
             record |= {key: model[key] for key in ("parameters", "multiply_adds", "seed")}
             record |= {"train_seconds": model["seconds"]["train"], "alarms": row["alarm_count"]}
             records.append(record)
+    return csv_text(records)
+
+
+def csv_text(records: list[dict[str, Any]]) -> str:
+    """Records with the keys of the first as a table of comma-separated values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,48 +1,66 @@
-"""Training one model: deterministic in (config, seed), killed and resumed at will.
+"""Training one model of any kind: deterministic in (config, seed), killed and resumed at will.
 
-Every random choice is drawn from (seed, epoch) or (seed, step), so that the state of a training is just weights,
-optimizer and the number of the step. A training that is killed goes on from its last checkpoint and, on a CPU with the
-same number of threads, ends with the same weights as one that was not.
+What is trained is a `Task`: images (`image_task`) or the steps of a flow (`structured.task`). Every random choice is
+drawn from (seed, epoch) or (seed, step), so that the state of a training is just weights, optimizer and the number of
+the step. A training that is killed goes on from its last checkpoint and, on a CPU with the same number of threads, ends
+with the same weights as one that was not.
 
-Several processes (see `distributed`) train one model together: each draws the whole batch and its augmentation as a
-single process would, and takes its part of it. They end with the single process's weights within rounding.
+Several processes (see `distributed`) train one model together: each draws the whole batch as a single process would,
+and its task takes a part of it. They end with the single process's weights within rounding.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from robustflow import checkpoints, losses
-from robustflow.config import CrossEntropyLoss, HingeLoss, LossConfig, OffsetLoss, TrainConfig
-from robustflow.data import ImageSet, Split, augment, to_float
+from robustflow import checkpoints
+from robustflow.config import LoopConfig
 from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
-from robustflow.networks import Classifier
 from robustflow.optimizers import build_optimizers, schedule
-from robustflow.regimes import REGIMES, nominal_constant
 
 STATE, LOG, WEIGHTS = "training.safetensors", "train.jsonl", "model.safetensors"
 
 
-def build_loss(config: LossConfig) -> losses.Loss:
-    if isinstance(config, HingeLoss):
-        return losses.hinge(config.margin)
-    if isinstance(config, CrossEntropyLoss):
-        return losses.cross_entropy(config.temperature)
-    if isinstance(config, OffsetLoss):
-        return losses.offset_cross_entropy(config.offset, config.temperature)
-    return losses.certified_cross_entropy(config.epsilon, config.temperature)
+class Task(Protocol):
+    """What a training needs to know of its model and its data."""
+
+    @property
+    def model(self) -> nn.Module:
+        """On its device, in its dtype."""
+
+    @property
+    def size(self) -> int:
+        """Training examples."""
+
+    def loss(self, batch: Tensor, drawn: torch.Generator, share: float) -> tuple[Tensor, Mapping[str, float]]:
+        """Loss of the examples with these numbers, and what the log adds up over them.
+
+        ``drawn`` is the step's own generator, ``share`` in [0, 1) of the training is done.
+        """
+
+    def figures(self, sums: Mapping[str, float], seen: int, last: bool) -> dict[str, Any]:
+        """What the log says besides the loss: of the sums over the ``seen`` examples, and of the validation data."""
+
+    def constrain(self, exact: bool = False) -> None:
+        """Bring the weights back to where they must be: after every step, and exactly at the end."""
+
+
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """A generator of its own for every (seed, numbers)."""
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
 
 
 def check_state(state: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,8 +85,17 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
-    correct: int = 0
     seen: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def note(self) -> dict[str, float]:
+        plain = asdict(self)
+        return plain.pop("sums") | plain
+
+    @classmethod
+    def read(cls, note: Mapping[str, Any]) -> Progress:
+        known = {key: note[key] for key in ("step", "seconds", "loss_sum", "seen")}
+        return cls(**known, sums={key: value for key, value in note.items() if key not in known})
 
 
 class Training:
@@ -76,9 +103,8 @@ class Training:
 
     def __init__(
         self,
-        model: Classifier,
-        images: ImageSet,
-        config: TrainConfig,
+        task: Task,
+        config: LoopConfig,
         directory: Path,
         *,
         seed: int,
@@ -88,20 +114,12 @@ class Training:
         listener: Callable[[int], None] | None = None,
     ) -> None:
         """``listener`` hears the number of steps that are done, in place of a progress bar."""
-        self.config, self.directory, self.seed, self.device = config, directory, seed, device
-        self.identity, self.group, self.listener = identity, group, listener
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-        self.data, self.validation = images.splits["train"].to(device), images.splits["validation"].to(device)
-        if config.batch_size > len(self.data):
-            raise UserError(f"batch_size {config.batch_size} is larger than the {len(self.data)} training images")
-        self.part = group.part(model, config.batch_size)
-        if config.crop >= min(images.input_shape[1:]):
-            raise UserError(f"crop {config.crop} is too large for images of {images.input_shape[1:]}")
-        self.steps_per_epoch = len(self.data) // config.batch_size
+        self.task, self.model, self.config, self.directory = task, task.model, config, directory
+        self.seed, self.device, self.identity, self.group, self.listener = seed, device, identity, group, listener
+        if config.batch_size > task.size:
+            raise UserError(f"batch_size {config.batch_size} is larger than the {task.size} training examples")
+        self.steps_per_epoch = task.size // config.batch_size
         self.total = self.steps_per_epoch * config.epochs
-        self.loss = build_loss(config.loss)
-        self.scaled = model.regime in REGIMES and REGIMES[model.regime].constrained
         self.optimizers = build_optimizers(self.model, config)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.progress = Progress()
@@ -127,50 +145,33 @@ class Training:
             while self.progress.step < self.total:
                 epoch, position = divmod(self.progress.step, self.steps_per_epoch)
                 if epoch != order_epoch:
-                    order = torch.randperm(len(self.data), generator=self._generator(epoch, 0)).to(self.device)
+                    order = torch.randperm(self.task.size, generator=generator(self.seed, epoch, 0)).to(self.device)
                     order_epoch = epoch
                 batch = order[position * self.config.batch_size :][: self.config.batch_size]
-                self._step(batch)
+                self.step(batch)
                 bar.update()
                 if self.listener is not None:
                     self.listener(self.progress.step)
                 self.progress.seconds = time.monotonic() - started
-                if self.progress.step % self.steps_per_epoch == 0:
+                if self._ends_a_line():
                     line = self._end_epoch()
-                    bar.set_postfix(
-                        loss=f"{line['loss']:.3f}",
-                        train=f"{line['train_accuracy']:.1%}",
-                        validation="-" if line["validation_accuracy"] is None else f"{line['validation_accuracy']:.1%}",
-                    )
+                    shown = {key: value for key, value in line.items() if isinstance(value, float) and key != "seconds"}
+                    bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()})
                     self.progress.seconds = time.monotonic() - started
                 if time.monotonic() - saved > self.config.checkpoint_seconds and self.progress.step < self.total:
                     self._save()
                     saved = time.monotonic()
         return self._finish(started)
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        seed = self.seed
-        for number in numbers:
-            seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-        return torch.Generator().manual_seed(seed)
+    def _ends_a_line(self) -> bool:
+        epoch, position = divmod(self.progress.step, self.steps_per_epoch)
+        return position == 0 and (epoch % self.config.log_every == 0 or epoch == self.config.epochs)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _step(self, batch: Tensor) -> None:
-        config, labels = self.config, self.data.labels[batch]
-        drawn = self._generator(self.progress.step, 1)
-        pixels = augment(self.data.pixels[batch], crop=config.crop, flip=config.flip, generator=drawn)
-        pixels, labels = pixels[self.part], labels[self.part]
-        with self._autocast():
-            logits = self.model(to_float(pixels))
+    def step(self, batch: Tensor) -> None:
+        """One update from the examples with these numbers."""
         share = self.progress.step / self.total
-        if self.scaled:
-            logits = logits / nominal_constant(self.model)
-        loss = self.loss(logits.float(), labels, self.model.head.weight, share)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        summed, right = self.group.total(float(loss.detach()), int(correct))
+        loss, sums = self.task.loss(batch, generator(self.seed, self.progress.step, 1), share)
+        summed, *totals = self.group.total(float(loss.detach()), *sums.values())
         value = summed / self.group.size
         if not math.isfinite(value):
             raise UserError(
@@ -181,59 +182,44 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.group.average_([weight.grad for weight in self.model.parameters() if weight.grad is not None])
-        factor = schedule(config, share)
+        factor = schedule(self.config, share)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.step()
-        with self._autocast():
-            self.model.constrain_()
+        self.task.constrain()
         self.progress.step += 1
         self.progress.loss_sum += value * len(batch)
-        self.progress.correct += int(right)
         self.progress.seen += len(batch)
-
-    def accuracy(self, split: Split, batch_size: int = 500) -> float:
-        """Share of a split that the model, in evaluation mode and full precision, classifies right."""
-        self.model.eval()
-        correct = 0
-        with torch.inference_mode():
-            for start in range(0, len(split), batch_size):
-                stop = start + batch_size
-                logits = self.model(split.images(start, stop))
-                correct += int((logits.argmax(1) == split.labels[start:stop]).sum())
-        self.model.train()
-        return correct / len(split)
+        for key, total in zip(sums, totals, strict=True):
+            self.progress.sums[key] = self.progress.sums.get(key, 0) + total
 
     def _end_epoch(self) -> dict[str, Any]:
         done = self.progress
         last = done.step == self.total
         if last:
             # The weights that are validated at the end are the ones that are stored.
-            self.model.constrain_(exact=True)
+            self.task.constrain(exact=True)
         self.group.spread_(self._tensors().values())
-        validated = self.validation if last else self.validation.head(self.config.validate_images)
         line = {
             "epoch": done.step // self.steps_per_epoch,
             "step": done.step,
             "loss": done.loss_sum / done.seen,
-            "train_accuracy": done.correct / done.seen,
-            "validation_accuracy": self.accuracy(validated) if len(validated) and self.group.leads else None,
-            "validation_n": len(validated),
+            **(self.task.figures(done.sums, done.seen, last) if self.group.leads else {}),
             "lr": self.optimizers[-1].param_groups[0]["lr"],
             "seconds": round(done.seconds, 3),
         }
         if self.group.leads:
             with (self.directory / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-        done.loss_sum, done.correct, done.seen = 0.0, 0, 0
+        done.loss_sum, done.seen, done.sums = 0.0, 0, {}
         return line
 
     def _save(self) -> None:
         if not self.group.leads:
             return
         tensors = {f"model.{name}": tensor for name, tensor in self._tensors().items()}
-        metadata = {"identity": self.identity, "progress": asdict(self.progress)}
+        metadata = {"identity": self.identity, "progress": self.progress.note()}
         checkpoints.write_tensors(
             self.directory / STATE, tensors | checkpoints.pack_optimizers(self.optimizers), metadata
         )
@@ -252,7 +238,7 @@ class Training:
                 for name, tensor in self._tensors().items():
                     tensor.copy_(tensors[f"model.{name}"])
             checkpoints.unpack_optimizers(self.optimizers, tensors)
-            self.progress = Progress(**metadata["progress"])
+            self.progress = Progress.read(metadata["progress"])
         self.group.agree(self.progress.step, f"the checkpoint {state}")
         if not found and self.group.leads:
             log.unlink(missing_ok=True)

@@ -161,7 +161,7 @@ def write_benchmark(
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_benchmark() -> Callable[..., Path]:
     return write_benchmark
 

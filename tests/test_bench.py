@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustflow import bench, certificates, checkpoints, cli, evaluation, falsifier
+from robustflow import bench, certificates, checkpoints, cli, evaluation, falsifier, trained
 from robustflow.networks import parameter_count
 
 CONFIG = """
@@ -173,7 +173,7 @@ def test_card_counts_the_model(finished: Path) -> None:
 
 def test_a_second_run_does_nothing_again(config: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(copied)
-    for module, name in ((bench, "Training"), (evaluation, "certify"), (evaluation.attacks, "sharded_sweep")):
+    for module, name in ((trained, "Training"), (evaluation, "certify"), (evaluation.attacks, "sharded_sweep")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done a second time"))
     assert run("bench", config, "--out", copied, "--device", "cpu") == 0
     assert snapshot(copied) == before

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from robustflow.config import CertifiedLoss, CrossEntropyLoss, HingeLoss, OffsetLoss
+from robustflow.image_task import build_loss
 from robustflow.losses import certified_cross_entropy, cross_entropy, hinge, offset_cross_entropy
-from robustflow.training import build_loss
 
 torch.manual_seed(0)
 LOGITS, LABELS, ROWS = (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from robustflow import account, create_model, losses
 from robustflow.config import TrainConfig
 from robustflow.networks import multiply_adds
+from robustflow.optimizers import build_optimizers
 from robustflow.peers import AOLConvolution, CayleyConvolution, SLLStep
-from robustflow.training import build_optimizers
 
 PEERS = ("cpl", "sll", "aol", "cayley")
 

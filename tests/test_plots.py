@@ -14,7 +14,7 @@ from robustflow.curves import draw_curves, draw_sets
 from robustflow.gallery import _magnification
 from robustflow.plots import Plot, draw
 from robustflow.results import read_benchmark
-from robustflow.style import PALETTE, colour, dash, house_style, survival
+from robustflow.style import PALETTE, colour, dash, house_style, png, survival
 from robustflow.summary import summarize
 
 
@@ -89,3 +89,20 @@ def test_sixteen_models_are_told_apart() -> None:
 @pytest.mark.parametrize(("largest", "factor"), [(0.25, 2.0), (0.01, 50.0), (0.0123, 40.0), (1.0, 0.5), (0.0, 1.0)])
 def test_magnified_difference_fills_the_grey_scale_and_stays_inside(largest: float, factor: float) -> None:
     assert _magnification(np.array([0.0, -largest])) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "names"), [(1e-15, 1e2, {"10⁻¹⁰", "0.01", "1"}), (2e-5, 6e-4, {"2·10⁻⁵", "10⁻⁴"})]
+)
+def test_ticks_of_logarithmic_axes_are_written_out(low: float, high: float, names: set[str]) -> None:
+    """The house style parses no mathtext, which matplotlib's own names of powers are."""
+    with house_style():
+        figure = Figure(figsize=(4, 3))
+        ax = figure.subplots()
+        ax.set(yscale="log", ylim=(low, high), xlim=(0, 1))
+        png(figure)
+        shown = {label.get_text() for which in ("major", "minor") for label in ax.yaxis.get_ticklabels(which=which)}
+        plain = {label.get_text() for label in ax.xaxis.get_ticklabels()}
+    assert names <= shown
+    assert not any("$" in name for name in shown)
+    assert "0.2" in plain

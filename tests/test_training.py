@@ -20,7 +20,8 @@ import torch
 from robustflow import account, bench, checkpoints, data
 from robustflow.config import Experiment, TrainConfig, from_dict
 from robustflow.errors import UserError
-from robustflow.training import LOG, STATE, WEIGHTS, Training, build_optimizers, schedule
+from robustflow.optimizers import build_optimizers, schedule
+from robustflow.training import LOG, STATE, WEIGHTS, Training
 
 CPU = torch.device("cpu")
 DIGITS = data.load("digits")
@@ -80,7 +81,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(
 ) -> None:
     whole = train(experiment(regime, **options), tmp_path / "whole")
     chosen = experiment(regime, checkpoint_seconds=1e-9, **options)
-    step, end = Training._step, Training._end_epoch
+    step, end = Training.step, Training._end_epoch
     rng, interruptions = random.Random(regime), []
 
     def interrupted(self: Training, batch: torch.Tensor) -> None:
@@ -100,7 +101,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(
             raise Killed
         return line
 
-    monkeypatch.setattr(Training, "_step", interrupted)
+    monkeypatch.setattr(Training, "step", interrupted)
     monkeypatch.setattr(Training, "_end_epoch", after_the_log)
     for _ in range(200):
         try:
@@ -116,11 +117,21 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(
 
 
 PROGRAM = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 from robustflow import bench, data
 from robustflow.config import Experiment
+from robustflow.training import Training
 torch.set_num_threads(1)
+step, taken = Training.step, 0
+def held(self, batch):  # on a machine that is too quick for the test: until it is killed
+    global taken
+    if taken == 60:
+        time.sleep(250)
+        sys.exit("nobody killed it")
+    step(self, batch)
+    taken += 1
+Training.step = held
 experiment = Experiment.model_validate_json(Path(sys.argv[1]).read_text())
 bench.train(experiment, Path(sys.argv[2]), data.load("digits"), device=torch.device("cpu"))
 """
@@ -131,14 +142,13 @@ def test_killed_by_the_system_at_random_moments_it_ends_with_the_same_weights(tm
     (tmp_path / "config.json").write_text(chosen.model_dump_json())
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json"), str(tmp_path / "parts")]
     folder = tmp_path / "parts" / "models" / "m"
-    rng, killed, steps = random.Random(0), 0, [0]
-    while killed < 3:
+    rng, steps = random.Random(0), [0]
+    for _ in range(3):
         process = subprocess.Popen(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         before = (folder / STATE).stat().st_mtime_ns if (folder / STATE).exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None:
             if (folder / STATE).exists() and (folder / STATE).stat().st_mtime_ns != before:
                 time.sleep(rng.uniform(0.0, 0.15))  # it is in its loop
                 break
@@ -149,9 +159,7 @@ def test_killed_by_the_system_at_random_moments_it_ends_with_the_same_weights(tm
         assert not (folder / WEIGHTS).exists()
         _, metadata = checkpoints.read_tensors(folder / STATE)  # whole, whenever the signal came
         steps.append(metadata["progress"]["step"])
-        killed += 1
-    assert steps == sorted(steps)
-    assert steps[-1] > 0
+        assert steps[-2] < steps[-1] <= steps[-2] + 60 < 12 * 24
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -165,14 +173,14 @@ def test_killed_by_the_system_at_random_moments_it_ends_with_the_same_weights(tm
 def test_divergence_is_a_message_and_no_model(regime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = experiment(regime, optimizer="nadam", learning_rate=1e30, schedule="constant")
     if regime != "unconstrained":  # bounded by its constraints: a NaN has to be planted
-        step = Training._step
+        step = Training.step
 
         def poisoned(self: Training, batch: torch.Tensor) -> None:
             step(self, batch)
             if self.progress.step == 10:
                 self.model.head.weight.data[0, 0] = torch.nan
 
-        monkeypatch.setattr(Training, "_step", poisoned)
+        monkeypatch.setattr(Training, "step", poisoned)
     with pytest.raises(UserError, match=r"^training of m diverged at step \d+ [^\n]*learning rate[^\n]*$"):
         train(chosen, tmp_path)
     assert not (tmp_path / "models" / "m" / WEIGHTS).exists()
@@ -181,7 +189,7 @@ def test_divergence_is_a_message_and_no_model(regime: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("regime", ["unconstrained", "sharp", "flexible"])
 def test_divergence_in_the_very_last_step_is_seen(regime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Training._step
+    step = Training.step
 
     def poisoned(self: Training, batch: torch.Tensor) -> None:
         step(self, batch)
@@ -189,7 +197,7 @@ def test_divergence_in_the_very_last_step_is_seen(regime: str, tmp_path: Path, m
             for parameter in self.model.parameters():
                 parameter.data.fill_(torch.nan)
 
-    monkeypatch.setattr(Training, "_step", poisoned)
+    monkeypatch.setattr(Training, "step", poisoned)
     with pytest.raises(UserError, match=r"^[^\n]*(NaN|not finite)[^\n]*$"):
         train(experiment(regime, epochs=1), tmp_path)
     assert not (tmp_path / "models" / "m" / WEIGHTS).exists()

@@ -45,7 +45,7 @@ class Target:
 
 
 def read(request: Request, part: str) -> tuple[Experiment, list[Target]]:
-    """The models of the benchmark on its first split.
+    """The models of the benchmark on the first split that it attacks.
 
     Raises:
         UserError: no benchmark, or a model whose rows are missing or were made of other weights or images.
@@ -54,7 +54,7 @@ def read(request: Request, part: str) -> tuple[Experiment, list[Target]]:
         raise UserError(f"the part {part} attacks trained models: name a benchmark directory with --bench DIR")
     experiment, _ = bench.read_directory(request.benchmark)
     images = bench.load_data(experiment, request.data)
-    split_name = experiment.evaluate.splits[0]
+    split_name = _split(experiment, request)
     split = images.splits[split_name].head(experiment.evaluate.images)
     folder = request.benchmark / "evaluations" / f"{images.name}-{split_name}"
     targets = []
@@ -91,6 +91,13 @@ def read(request: Request, part: str) -> tuple[Experiment, list[Target]]:
     return experiment, targets
 
 
+def _split(experiment: Experiment, request: Request) -> str:
+    """The first split that the benchmark attacks."""
+    if not experiment.evaluate.attacked_splits:
+        raise UserError(f"{request.benchmark} attacks nothing: add a split to `attacked` in its config")
+    return experiment.evaluate.attacked_splits[0]
+
+
 def grid(experiment: Experiment) -> list[float]:
     """The benchmark's radii above 0, and those where everything is compared."""
     return sorted({*EPSILONS, *(epsilon for epsilon in experiment.evaluate.epsilons if epsilon > 0)})
@@ -98,7 +105,7 @@ def grid(experiment: Experiment) -> list[float]:
 
 def origin(request: Request, experiment: Experiment) -> Record:
     """What every part says of where its images and models come from."""
-    split = experiment.evaluate.splits[0]
+    split = _split(experiment, request)
     return {"benchmark": str(request.benchmark), "dataset": experiment.dataset, "split": split, "seed": experiment.seed}
 
 

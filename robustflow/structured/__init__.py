@@ -1,0 +1,1 @@
+"""Networks whose structure is a property: the systems of the talk beyond robustness, with data, models, figures."""

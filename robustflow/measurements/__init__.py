@@ -1,4 +1,4 @@
-"""What the project's own claims rest on, measured: `robustflow measure certificates`, `robustflow measure attacks`."""
+"""What the project's own claims rest on, measured: `robustflow measure certificates`, `… attacks`, `… training`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from robustflow.measurements import (
     networks,
     plain_foolbox,
     tables,
+    training_cost,
+    training_pages,
 )
 from robustflow.measurements.family import Family, Part, Request, measure
 
@@ -82,6 +84,24 @@ FAMILIES = {
                     attack_tables.workers,
                     {"workers": attack_figures.workers},
                     uses_benchmark=True,
+                ),
+            },
+        ),
+        Family(
+            "training",
+            "Training, measured",
+            {
+                "profile": Part(
+                    "Where the time of a training step goes",
+                    training_cost.profile,
+                    training_pages.profile,
+                    {"profile": training_pages.draw_profile},
+                ),
+                "loop": Part(
+                    "The paper's network against a plain loop",
+                    training_cost.loop,
+                    training_pages.loop,
+                    {"loop": training_pages.draw_loop},
                 ),
             },
         ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,29 +81,51 @@ def test_in_this_process_each_seed_is_what_it_is_alone(expected: dict[tuple[int,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "what is done is left alone"
 
 
+# What a worker does, but one training kills it once, before its ninth step: a module, as workers must import it.
+MORTAL = """
+import os, signal
+from pathlib import Path
+from robustflow import training_grid
+from robustflow.training import Training
+
+FLAG, honest, step = Path(__file__).with_name("died"), training_grid._train, Training.step
+
+def train(shared, piece, tick):
+    def mortal(self, batch):
+        if (piece.name, self.progress.step) == ("a, seed 0", 8) and not FLAG.exists():
+            FLAG.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, batch)
+    Training.step = mortal
+    return honest(shared, piece, tick)
+"""
+
+
+@pytest.fixture
+def mortal(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the module, in which it notes that a worker has died."""
+    folder = tmp_path_factory.mktemp("mortal")
+    (folder / "mortal_for_test.py").write_text(MORTAL)
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    sys.modules.pop("mortal_for_test", None)
+
+
 def test_a_worker_killed_in_the_middle_changes_nothing(
-    expected: dict[tuple[int, str], bytes], tmp_path: Path
+    expected: dict[tuple[int, str], bytes], mortal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("robustflow.training_grid._train", importlib.import_module("mortal_for_test").train)
     heard: list[tuple[str, int, str]] = []
-
-    def listener(name: str, step: int, text: str) -> None:
-        heard.append((name, step, text))
-        # The first message of a training comes after its first step.
-        if len(heard) == 1:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid or 0, signal.SIGKILL)
-
     train_grid(
         experiment(checkpoint_seconds=1e-9), folders(tmp_path), DIGITS, device=CPU, executor="workers", workers=2,
-        listener=listener,
+        listener=lambda *news: heard.append(news),
     )  # fmt: skip
+    assert (mortal / "died").exists()
     assert weights(tmp_path) == expected
-    died = {name for name, _, text in heard if text}
-    assert heard[0][0] in died
-    assert all("worker died" in text for _, _, text in heard if text)
-    for name in died:
-        steps = [step for other, step, text in heard if other == name and not text]
-        assert steps[-1] == 16
+    assert [(name, text) for name, _, text in heard if text] == [("a, seed 0", "again, after a worker died")]
+    steps = [step if not text else None for name, step, text in heard if name == "a, seed 0"]
+    assert steps[steps.index(None) + 1] == 9, "it goes on from its checkpoint"
+    assert steps[-1] == 16
     assert len(list(tmp_path.rglob(LOG))) == 4
     assert not list(tmp_path.rglob(STATE))
 
@@ -207,7 +231,7 @@ def test_the_command_writes_a_directory_a_seed(
     assert "not allowed with" in capsys.readouterr().err
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'robustflow[ray]'")
     from ray.cluster_utils import Cluster
@@ -226,4 +250,23 @@ def test_on_two_ray_nodes_they_come_out_the_same(
     cluster: Any, expected: dict[tuple[int, str], bytes], tmp_path: Path
 ) -> None:
     train_grid(experiment(), folders(tmp_path), DIGITS, device=CPU, executor="ray")
+    assert weights(tmp_path) == expected
+
+
+def test_a_ray_worker_killed_in_the_middle_changes_nothing(
+    cluster: Any, expected: dict[tuple[int, str], bytes], mortal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = str(mortal)
+
+    def train(shared: Any, piece: Any, tick: Any) -> Any:  # sent by value: it finds the module on every node
+        import sys
+
+        sys.path.insert(0, there)
+        import mortal_for_test  # type: ignore[import-not-found]
+
+        return mortal_for_test.train(shared, piece, tick)
+
+    monkeypatch.setattr("robustflow.training_grid._train", train)
+    train_grid(experiment(checkpoint_seconds=1e-9), folders(tmp_path), DIGITS, device=CPU, executor="ray")
+    assert (mortal / "died").exists()
     assert weights(tmp_path) == expected

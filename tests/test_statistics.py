@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustflow.errors import UserError
@@ -30,6 +30,7 @@ def test_interval_is_the_published_one(k: int, n: int, low: float, high: float) 
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(deadline=None)
 def test_interval_is_the_closed_form_and_holds_the_rate(counts: tuple[int, int]) -> None:
     rate = Rate(*counts)
     assert (rate.low, rate.high) == pytest.approx(wilson(*counts), abs=1e-9)
@@ -74,6 +75,7 @@ def test_equal_answers_show_no_difference() -> None:
 
 
 @given(st.tuples(*[st.integers(0, 30)] * 4).filter(sum))
+@settings(deadline=None)
 def test_swapping_the_models_turns_the_sign(cells: tuple[int, int, int, int]) -> None:
     a, b = answers(*cells)
     one, other = paired_difference(a, b), paired_difference(b, a)

@@ -66,6 +66,33 @@ def test_two_nodes_find_what_one_process_finds_bit_for_bit(cluster: Any, tmp_pat
     assert len(set(one.samples["attack"])) > 2
 
 
+def test_a_worker_killed_in_the_middle_changes_nothing(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = str(tmp_path / "died")
+
+    def mortal(task: Any, part: Any, tick: Any) -> Any:
+        import os
+        import signal
+
+        from attacks.shard_work import run_shard
+
+        if part.places[0] == 8 and not os.path.exists(flag):
+            open(flag, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run_shard(task, part, tick)
+
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), torch.rand(16, 1, 8, 8)
+    labels = model(images).argmax(dim=1)
+    one = sharded_sweep(model, images, labels, [0.1, 0.2], folder=tmp_path / "serial", shard_size=4)
+    monkeypatch.setattr("attacks.shards.run_shard", mortal)
+    two = sharded_sweep(model, images, labels, [0.1, 0.2], folder=tmp_path / "ray", shard_size=4, executor="ray")
+    assert Path(flag).exists()
+    assert two.samples.equals(one.samples)
+    assert torch.equal(two.adversarials, one.adversarials)
+
+
 def test_errors_come_back(cluster: Any) -> None:
     def refuse(context: int, argument: int, tick: Any) -> None:
         raise AttackInputError("cannot attack this")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -52,3 +53,15 @@ def test_the_prediction_for_a_cluster_is_its_own_arithmetic() -> None:
     small, large = (passes * 1e7 * 4 * size / (64 * 19.5e12 / 4) / 3600 for size in (27.1e6, 873e6))
     assert f"64 GPUs {small:.1f} hours" in text
     assert f"(873 M) {large:.0f}" in text
+
+
+def test_the_newcomer_s_seconds_are_those_measured() -> None:
+    measured = json.loads((ROOT / "results" / "newcomer.json").read_text(encoding="utf-8"))
+    seconds, machine = measured["seconds"], measured["environment"]
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    names = ("install", "quickstart", "load a CIFAR-10 model", "evaluate a torchvision model", "open the report")
+    assert list(seconds) == list(names)
+    assert ", ".join(f"{name} {seconds[name]:.0f} s" for name in names) in text
+    loads = sorted((machine["load_before"][0], machine["load_after"][0]))
+    assert f"{machine['cores']} cores with a load of {loads[0]:.0f} to {loads[1]:.0f}" in text
+    assert f"{machine['threads']} thread" in text

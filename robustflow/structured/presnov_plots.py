@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from robustflow.structured.systems import Measured
 from robustflow.style import GREY, INK, WIDTH, colour, short
@@ -137,7 +138,7 @@ def _scatter(ax: Axes, points: Sequence[tuple[int, list[float]]]) -> None:
     for place, errors in points:
         ax.plot([place] * len(errors), errors, ".", color=colour(1), ms=4, alpha=0.7)
     ax.set(xscale="log", yscale="log", xticks=places, xticklabels=[str(place) for place in places])
-    ax.minorticks_off()
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_norm(measured: Mapping[str, Sequence[Measured]]) -> Figure:

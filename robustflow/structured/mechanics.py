@@ -147,6 +147,8 @@ class Mechanics(System):
     """
 
     property = "the symplectic form, JᵀΩJ = Ω"
+    headlines = (("test MSE", "symplectic"), (DEEP, "symplectic"), (ENERGY, "symplectic"))
+    defect = (DEEP, ("symplectic",))
     step = 0.5
 
     def __init__(

@@ -21,7 +21,7 @@ from robustflow.structured.systems import System
 from robustflow.style import INK, WIDTH, colour, house_style, png
 from robustflow.tables import csv_text, table
 
-CONTROL = "free"  # what configs call the control
+CONTROLS = ("free", "control")  # what configs call the control
 TITLE = "Structured networks: every system"
 HEAD = ("system", "figure", "model", "structured", "control", "by others")
 CAPTION = (
@@ -77,7 +77,7 @@ def headline_rows(folder: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
             "figure": figure,
             "model": model,
             "structured": models[model].get(figure),
-            "control": models.get(CONTROL, {}).get(figure),
+            "control": next((models[name].get(figure) for name in CONTROLS if name in models), None),
             "by others": [r for r in tables.references(summary, figure) if r["model"] in (None, model)],
         }
         for figure, model in chosen
@@ -98,7 +98,7 @@ def defects(reports: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str, d
         figure, keepers = chosen
         means = {model["name"]: model["figures"].get(figure, {}).get("mean") for model in summary["models"]}
         kept = {name: means[name] for name in keepers if means.get(name) is not None}
-        found.append((folder, figure, kept, means.get(CONTROL)))
+        found.append((folder, figure, kept, next((means[name] for name in CONTROLS if name in means), None)))
     return found
 
 

@@ -27,6 +27,7 @@ from robustflow.structured.fields import FreeField, MassField
 from robustflow.structured.systems import Data, Drawing, Measured, Reference, Split, System, checked
 
 DRIFT_STEPS, STARTS, SHOWN = 1000, 16, 3
+DRIFT = f"mass drift, {DRIFT_STEPS} steps"
 ESCAPE = 1e6  # an orbit beyond it has blown up: it is stopped there
 
 
@@ -144,6 +145,8 @@ class Population(System):
     """
 
     property = "the mass x₁ + x₂ + x₃"
+    headlines = (("test MSE", "mass"), (DRIFT, "mass"))
+    defect = (DRIFT, ("mass", "mass-rk4"))
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class Population(System):
 
         series: dict[str, np.ndarray] = {}
         drift, states = mass_drift(model, starts, DRIFT_STEPS)
-        figures[f"mass drift, {DRIFT_STEPS} steps"] = float(drift.max())
+        figures[DRIFT] = float(drift.max())
         series["mass drift"] = drift.amax(0).numpy()
         if self.positive:
             figures[f"min x, {DRIFT_STEPS} steps"] = float(states.min())

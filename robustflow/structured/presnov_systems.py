@@ -20,6 +20,8 @@ from robustflow.structured.dynamics import random, reference
 from robustflow.structured.presnov import Composition, NetworkOptions
 from robustflow.structured.systems import Data, Drawing, Measured, Split, System, checked
 
+DRIFT = f"norm drift, {presnov.DRIFT_STEPS} steps"
+
 
 def target(x: Tensor) -> Tensor:
     """f(x) = |x| + sin x + x²."""
@@ -70,7 +72,7 @@ def _properties(model: nn.Module, dim: int, figures: dict[str, float], series: d
     if not isinstance(model, Composition):
         return
     if (drift := presnov.norm_drift(model, dim)) is not None:
-        figures[f"norm drift, {presnov.DRIFT_STEPS} steps"] = float(drift.max())
+        figures[DRIFT] = float(drift.max())
         series["norm drift"] = drift
     if (defect := presnov.asymmetry(model, dim)) is not None:
         figures["Jacobian asymmetry"] = defect
@@ -84,6 +86,8 @@ class Regression(System):
     title = "Regression with gradient and sphere flows"
     equations = "f(x) = |x| + sin x + x²"
     property = "the symmetry of the gradient steps and the norm of the sphere steps"
+    headlines = (("test MSE", "both"), (DRIFT, "both"))
+    defect = (DRIFT, ("both", "sphere"))
 
     def data(self, split: Split, seed: int, size: int, options: Mapping[str, Any]) -> Data:
         x = torch.from_numpy(random(split, seed).standard_normal((size, 1)))
@@ -121,6 +125,8 @@ class FlowLearning(System):
 
     step, dim = 0.05, 4
     property = "the symmetry of the gradient steps and the norm of the sphere steps"
+    headlines = (("relative error", "both"), (DRIFT, "both"))
+    defect = (DRIFT, ("both", "sphere"))
 
     def __init__(self, name: str, title: str, equations: str, field: nn.Module) -> None:
         self.name, self.title, self.equations, self.field = name, title, equations, field

@@ -24,6 +24,7 @@ from robustflow.structured import dynamics, orbit_plots
 from robustflow.structured.systems import Data, Drawing, Measured, Split, System, checked
 
 STEPS, POINTS = 1000, 32  # over how many steps, from how many test points, determinants are followed
+FAR = f"|det J − 1|, {STEPS} steps"
 TIME, ORBITS = 1000.0, 24  # how long, and how many, orbits are followed for the section
 ROUNDS = 50  # of the fixed-point iteration that inverts a step without a formula for its inverse
 
@@ -160,6 +161,8 @@ class Volume(System):
     name, title = "volume", "Volume-preserving flow"
     equations = "ẋᵢ = aᵢ sin xᵢ₋₁ + aᵢ₋₁ cos xᵢ₊₁ (d = 3: the ABC flow)"
     property = "volume, det J = 1"
+    headlines = (("test MSE", "volume"), (FAR, "volume"))
+    defect = (FAR, ("volume",))
     step = 0.5
     options = VolumeOptions
 
@@ -186,7 +189,7 @@ class Volume(System):
         figures = {
             "test MSE": dynamics.one_step_error(model, test.inputs, test.targets),
             "|det J − 1|": float(defect[0]),
-            f"|det J − 1|, {STEPS} steps": float(defect[-1]),
+            FAR: float(defect[-1]),
             "inverse round trip": round_trip(model, test.inputs),
         }
         shown = np.unique(np.geomspace(1, STEPS, 120).round().astype(int))

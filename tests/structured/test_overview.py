@@ -22,7 +22,7 @@ def run(*arguments: Any) -> int:
 @pytest.fixture
 def both(config: Path, tmp_path: Path, planted: System, monkeypatch: pytest.MonkeyPatch) -> Path:
     """results/decay and results/second; "matrix" plays the control."""
-    monkeypatch.setattr(overview, "CONTROL", "matrix")
+    monkeypatch.setattr(overview, "CONTROLS", ("matrix",))
     monkeypatch.setattr(type(planted), "headlines", (("error of e^−δt", "scale"), ("time to blow up", "scale")))
     monkeypatch.setattr(type(planted), "defect", ("error of e^−δt", ("scale", "exact")))
     for name in ("second", "decay"):

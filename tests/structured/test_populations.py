@@ -158,6 +158,7 @@ class Exact(nn.Module):
 
 def test_the_figures_of_the_exact_flow_and_of_planted_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(populations, "DRIFT_STEPS", 20)
+    monkeypatch.setattr(populations, "DRIFT", "mass drift, 20 steps")
     test = SIR_MAP.data("test", 0, 20, {})
     exact = SIR_MAP.measure(Exact(SIR_MAP).requires_grad_(False), test)
     assert exact.figures["test MSE"] < 1e-14

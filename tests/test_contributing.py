@@ -15,6 +15,7 @@ from attacks import ATTACKS, AttackInputError
 from robustflow import cli, data, licences
 from robustflow.errors import UserError
 from robustflow.regimes import REGIMES
+from robustflow.structured.catalogue import SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -33,7 +34,7 @@ EXAMPLES = re.findall(r"^## (.*?)\n.*?<!-- mistake: (.*?) → (.*?) -->\n```pyth
 @pytest.fixture
 def registries() -> Iterator[None]:
     """The examples register things: taken back afterwards, so that no other test meets them."""
-    tables: tuple[dict[str, object], ...] = (data.DATASETS, REGIMES, ATTACKS)  # type: ignore[assignment]
+    tables: tuple[dict[str, object], ...] = (data.DATASETS, REGIMES, ATTACKS, SYSTEMS)  # type: ignore[assignment]
     before = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, before, strict=True):
@@ -47,7 +48,7 @@ def run(example: str) -> None:
 
 
 def test_each_extension_has_its_example() -> None:
-    assert [title for title, *_ in EXAMPLES] == ["A step", "A regime", "An attack", "A dataset"]
+    assert [title for title, *_ in EXAMPLES] == ["A step", "A regime", "An attack", "A dataset", "A system"]
     assert TEXT.count("```python") == len(EXAMPLES)
 
 

@@ -53,6 +53,10 @@ class PixelField(StencilField):
         hidden = _circular(F.pixel_unshuffle(u, BLOCK), self.inner)
         return self.scale * F.pixel_shuffle(_circular(torch.relu(hidden) ** self.power, self.outer), BLOCK)
 
+    def convolved(self, u: Tensor) -> Tensor:
+        """A ∗ U + a. Shape: (B, 1, H, W), H and W even → (B, hidden, H, W)."""
+        return F.pixel_shuffle(_circular(F.pixel_unshuffle(u, BLOCK), self.inner), BLOCK)
+
 
 def _circular(blocks: Tensor, stencil: nn.Conv2d) -> Tensor:
     """The circular convolution of a picture cut into blocks. Shape: (B, C·4, H/2, W/2) → (B, C'·4, H/2, W/2)."""
@@ -122,8 +126,8 @@ def network(options: PixelNetwork, step: float, scale: float = 1.0) -> Flow:
 def repeated(field: nn.Module, method: str, step: float, substeps: int, keep: Property | None = None) -> Flow:
     """Substeps of size ``step``/``substeps``, all of them one and the same layer."""
     layer = Step(field, method, step / substeps, learned=False, keep=keep)
-    with torch.no_grad():  # a field without weights leaves the step in float32
-        layer.step_size.data = torch.tensor(step / substeps)
+    if not list(field.parameters()):  # such a field would leave the step in float32
+        layer.step_size.data = torch.tensor(step / substeps, dtype=torch.float64)
     return Flow(*(layer for _ in range(substeps)))
 
 
@@ -181,13 +185,13 @@ def hand_built(equation: Equation, *, project: bool = False) -> PixelField:
     return field
 
 
-def field_of(model: nn.Module) -> Step | None:
+def step_of(model: nn.Module) -> Step | None:
     """The step that a model repeats, None of one that is no method for an equation."""
     first = model[0] if isinstance(model, Flow) else None
     return first if isinstance(first, Step) else None
 
 
-ROUNDS, STRIDE, NOISE_OF_A, REACH = 12, 3, 0.1, 1.2
+DRAWS, FEW, ROUNDS, STRIDE, NOISE_OF_A, REACH = 8, 8, 12, 3, 0.1, 1.2
 
 
 @torch.no_grad()
@@ -195,38 +199,55 @@ def fit(model: Flow, before: Tensor, after: Tensor, step: float, noise: float) -
     """Where a training begins: B (and c) of least squares for Ψ(U + η) ≈ U₁, A near the identity.
 
     A is the identity with a little noise, and a so large that every channel is positive on the data: F begins as a
-    polynomial of degree p, for which the fit is a linear problem (random features). Ψ is not linear in B, so the
-    residual U₁ − Ψ is fitted a few times, each time by B ∗ σ_p(A ∗ V + a) at the state V before the last substep; for
-    linear equations, whose solution operators commute, this is Newton's method. η is uniform noise of ``noise`` times
-    the size of U: without it the fit says nothing of what the data do not hold, and rough perturbations grow. Fields
-    are weighed by 1/‖U‖, as relative errors are.
+    polynomial of degree p, for which the fit is a linear problem (random features). Of eight A drawn the one is taken
+    whose fit to every eighth field is the best. Ψ is not linear in B, so the residual U₁ − Ψ is fitted several times,
+    by B ∗ σ_p(A ∗ V + a) at the state V before the last substep; for linear equations, whose solution operators
+    commute, this is Newton's method. η is uniform noise of ``noise`` times the size of U: without it the fit says
+    nothing of what the data do not hold, and rough perturbations grow. Fields are weighed by 1/‖U‖, as relative errors
+    are.
 
     Shape: ``before``, ``after`` (M, 1, n, n), ``step`` apart.
     """
-    dtype, layer = next(model.parameters()).dtype, model[-1]
-    field, span = (layer.field, step) if isinstance(layer, Step) else (layer, 1.0)
+    dtype, last = next(model.parameters()).dtype, model[-1]
+    field, span = (last.field, step) if isinstance(last, Step) else (last, 1.0)
     assert isinstance(field, PixelField)
-    # Newton's method for Euler's; others have another derivative, and are damped.
-    damping = 0.7 if isinstance(layer, Step) and layer.method.order > 1 else 1.0
     model.double()
     size = before.square().mean((1, 2, 3), keepdim=True).sqrt()
-    _activate(field, before)
-    start, last = before + noise * size * (2 * torch.rand_like(before) - 1), torch.inf
+    start = before + noise * size * (2 * torch.rand_like(before) - 1)
+    least, best = torch.inf, field.state_dict()
+    for _ in range(DRAWS):
+        _activate(field, before[::FEW])
+        error = _fitted(model, field, start[::FEW], after[::FEW], size[::FEW], span)
+        if error < least:
+            least, best = error, {name: weight.clone() for name, weight in field.state_dict().items()}
+    field.load_state_dict(best)
+    _fitted(model, field, start, after, size, span)
+    model.to(dtype)
+
+
+def _fitted(model: Flow, field: PixelField, start: Tensor, after: Tensor, size: Tensor, span: float) -> float:
+    """Fit B and c, from what they are; returns the mean square of what is left."""
+    # Newton's method for Euler's; others have another derivative, and are damped.
+    damping = 0.7 if isinstance(model[-1], Step) and model[-1].method.order > 1 else 1.0
+    least, best = torch.inf, field.outer.state_dict()
     for _ in range(ROUNDS):
         v = start
         for substep in list(model)[:-1]:
             v = substep(v)
-        residual = (after - layer(v)) / size
+        residual = (after - model[-1](v)) / size
         error = float(residual.square().mean())
-        if not error < 0.99 * last:  # as good as it gets
+        if not error < least:
             break
-        last, kept = error, {name: weight.clone() for name, weight in field.outer.state_dict().items()}
+        stalls, least = error > 0.9 * least, error
+        best = {name: weight.clone() for name, weight in field.outer.state_dict().items()}
+        if stalls:
+            break
         change = damping * _least_squares(field, v, size, residual / span)
         field.outer.weight += change[: field.outer.weight.numel()].view_as(field.outer.weight)
         if field.outer.bias is not None:
             field.outer.bias += change[-1]
-    field.outer.load_state_dict(kept)
-    model.to(dtype)
+    field.outer.load_state_dict(best)
+    return least
 
 
 def _activate(field: PixelField, u: Tensor) -> None:
@@ -235,14 +256,14 @@ def _activate(field: PixelField, u: Tensor) -> None:
     inner.weight.normal_(std=NOISE_OF_A)
     inner.weight[:, :, centre, centre] += 1
     inner.bias.zero_()
-    inner.bias.copy_(REACH * inner(u).abs().amax((0, 2, 3)))
+    inner.bias.copy_(REACH * field.convolved(u).abs().amax((0, 2, 3)))
     for parameter in field.outer.parameters():
         parameter.zero_()
 
 
 def _least_squares(field: PixelField, v: Tensor, size: Tensor, wanted: Tensor) -> Tensor:
     """The change of (B, c) that changes F(V)/size by ``wanted`` at every third pixel of each third row."""
-    hidden = torch.relu(field.inner(v)) ** field.power
+    hidden = torch.relu(field.convolved(v)) ** field.power
     patches = F.unfold(F.pad(hidden / size, (2, 2, 2, 2), mode="circular"), KERNEL, stride=STRIDE)
     rows = field.scale * patches.mT  # (M, pixels, 25 · hidden)
     if field.outer.bias is not None:

@@ -12,9 +12,8 @@ from robustflow.structured.systems import Measured
 from robustflow.style import WIDTH, colour, dash, short
 
 FIELDS_CAPTION = (
-    "A test start and what becomes of it: the finite elements, the first model's prediction and its error, then the "
-    "error of every other model (first seed). Each column has the scale of its true picture; errors have their largest "
-    "size in the corner, and their own scale."
+    "A test start and what becomes of it: the finite elements, the first model's prediction, then the errors of all "
+    "models (first seed). A row has the scale of its true picture, at the left; every error its own, below it."
 )
 ERRORS_CAPTION = (
     "Relative error ‖U − U*‖/‖U*‖ and largest error over the picture, means over test starts, against the number of "
@@ -37,6 +36,7 @@ LABELS = {
     "norm drift": "drift of the norm",
 }
 FLOOR, CEILING = 1e-17, 1e30
+BLOWN_UP = 5e4  # errors are stored with 16 bits, up to 6e4
 
 
 def _curves(ax: Axes, measured: Mapping[str, Sequence[Measured]], key: str) -> None:
@@ -78,35 +78,45 @@ def draw_errors(measured: Mapping[str, Sequence[Measured]]) -> Figure:
 
 
 def draw_fields(measured: Mapping[str, Sequence[Measured]], times: Sequence[float], offset: float) -> Figure:
-    """Rows: true, predicted by the first model, then the errors of all; a column a time."""
+    """A row a time; columns: true, predicted by the first model, then the errors of all."""
     names = list(measured)
     first = measured[names[0]][0].series
     true, wrong = first["true"].astype(float), first["error"].astype(float)
-    figure = Figure(figsize=(WIDTH * 0.85, 1.95 * (2 + len(names)) + 0.3), layout="constrained")
-    grid = figure.subplots(2 + len(names), len(times), squeeze=False)
+    heads = ["true", f"predicted:\n{short(names[0], 15)}", *(f"error:\n{_folded(name)}" for name in names)]
+    size = WIDTH / max(7, len(heads))
+    figure = Figure(figsize=(size * len(heads) + 0.4, (size + 0.22) * len(times) + 0.4), layout="constrained")
+    grid = figure.subplots(len(times), len(heads), squeeze=False)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
+        ax.set_box_aspect(1)
         ax.grid(False)
         for spine in ax.spines.values():
             spine.set_visible(False)
-    for column, time in enumerate(times):
-        reach = max(float(np.abs(true[column] - offset).max()), 1e-12)
+    for row, time in enumerate(times):
+        reach = max(float(np.abs(true[row] - offset).max()), 1e-12)
         scale = {"cmap": "RdBu_r", "vmin": offset - reach, "vmax": offset + reach, "interpolation": "nearest"}
-        grid[0, column].imshow(true[column], **scale)
-        grid[0, column].set_title(f"t = {time:.4g}, amplitude {reach:.2g}")
-        shown = true[column] + wrong[column - 1] if column else true[column]
-        grid[1, column].imshow(shown, **scale)
-        for row, name in enumerate(names, start=2):
-            ax = grid[row, column]
-            if column == 0:
-                continue
-            error = measured[name][0].series["error"][column - 1].astype(float)
+        around = f"{offset:g} ± {reach:.2g}" if offset else f"± {reach:.2g}"
+        grid[row, 0].set_ylabel(f"t = {time:.3g}\n{around}", fontsize=8)
+        grid[row, 0].imshow(true[row], **scale)
+        if row == 0:  # there is nothing to predict yet
+            continue
+        grid[row, 1].imshow(true[row] + wrong[row - 1], **scale)
+        for ax, name in zip(grid[row, 2:], names, strict=True):
+            error = measured[name][0].series["error"][row - 1].astype(float)
             largest = max(float(np.abs(error).max()), 1e-12)
             ax.imshow(error, cmap="PuOr_r", vmin=-largest, vmax=largest, interpolation="nearest")
-            blown = largest >= 5e4
-            ax.set_title("blown up" if blown else f"max |error| {largest:.1e}", fontweight="normal", fontsize=8)
-    for row, label in enumerate(["true", short(names[0], 18), *(f"error of\n{short(name, 18)}" for name in names)]):
-        grid[row, 0].set_ylabel(label)
-    for ax in grid[2:, 0]:  # at the start there is no error: the column holds the names
-        ax.set_facecolor("none")
+            ax.set_xlabel("blown up" if largest >= BLOWN_UP else f"± {largest:.1e}", fontsize=7, labelpad=2)
+    for ax, head in zip(grid[0], heads, strict=True):
+        ax.set_title(head, fontsize=7.5, loc="center")
     return figure
+
+
+def _folded(name: str) -> str:
+    """A long name in two lines.
+
+    >>> _folded("norm-preserving-noise"), _folded("network")
+    ('norm-preserving\\n-noise', 'network')
+    """
+    name = short(name, 28)
+    cut = name.rfind("-", 5, 16) if len(name) > 13 else -1
+    return name if cut < 0 else f"{name[:cut]}\n{name[cut:]}"

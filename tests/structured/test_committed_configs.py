@@ -43,7 +43,10 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
     def quick(train: dict[str, Any]) -> dict[str, Any]:
         return train | {"epochs": 2, "batch_size": 4, "log_every": 1}
 
-    raw = raw | {"data": raw["data"] | {"train": 8, "validation": 4, "test": 4}, "train": quick(raw["train"])}
+    small = {"train": 8, "validation": 4, "test": 4}
+    if "grid" in SYSTEMS[raw["system"]].options.model_fields:
+        small["grid"] = 20
+    raw = raw | {"data": raw["data"] | small, "train": quick(raw["train"])}
     models = [model | ({"train": quick(model["train"])} if "train" in model else {}) for model in raw["models"]]
     return raw | {"models": models}
 
@@ -74,9 +77,7 @@ def test_a_config_has_five_seeds_a_control_and_a_decaying_rate(path: Path) -> No
 
 @each
 def test_the_control_has_the_size_of_a_structured_model(path: Path) -> None:
-    experiment = read(path)
-    data = experiment.data.model_copy(update={"test": 4})
-    experiment = experiment.model_copy(update={"data": data})
+    experiment = from_dict(shrunk(configs.read_toml(path)[0]))
     count = sizes(experiment)
     free = controls(experiment)
     for name in free:

@@ -129,7 +129,7 @@ def test_cayley_is_the_transform_of_the_dense_matrix() -> None:
         torch.testing.assert_close(METHODS["cayley"].advance(field, x[None], h)[0], expected)
 
 
-@pytest.mark.parametrize("method", ["norm-exact-heun", "cayley"])
+@pytest.mark.parametrize("method", ["norm-exact-euler", "norm-exact-heun", "cayley"])
 def test_norm_exact_steps_in_float32_and_at_the_origin(method: str) -> None:
     step = Step(SphereField(4, 7), method, 0.5)
     with torch.no_grad():

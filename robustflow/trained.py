@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def train_once(
     if finished:
         return
     torch.manual_seed(seed)
+    started = time.monotonic()
     task = build()
+    built = time.monotonic() - started
     training = Training(task, config, folder, seed=seed, device=device, identity=identity, group=group,
                         listener=listener)  # fmt: skip
     seconds = training.run()
@@ -92,7 +95,7 @@ def train_once(
         "name": folder.name,
         **about(task.model),
         "seed": seed,
-        "seconds": {"train": round(seconds, 3)},
+        "seconds": {"train": round(seconds, 3), "build": round(built, 3)},
         "processes": group.size,
         "environment": environment.describe(device),
         "data": dict(data),

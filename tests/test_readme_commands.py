@@ -74,7 +74,9 @@ def test_every_command_runs(directory: Path, capsys: pytest.CaptureFixture[str])
         command = words[1]
         # Commands of one block share OUT: what `train` wrote is certified, attacked and reported.
         out = {"compare": "compared", "evaluate": "evaluated"}.get(command, f"OUT-{'--seeds' in words}")
-        arguments = [{"CONFIG": "cifar10/cpu", "OUT": out}.get(word, word) for word in words[1:]]
+        out = "system" if "structured/NAME" in words else out
+        named = {"CONFIG": "cifar10/cpu", "OUT": out, "structured/NAME": "structured/talk-mass"}
+        arguments = [named.get(word, word) for word in words[1:]]
         if "--workers" in arguments:
             arguments[arguments.index("--workers") + 1] = "2"
         assert cli.main(arguments) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"

@@ -127,7 +127,8 @@ def _model(model: Model) -> dict[str, Any]:
             for key in dict.fromkeys(key for one in model.measured for key in one.figures)
         },
         "seconds": {
-            "train": spread([card["seconds"]["train"] for card in model.cards]) if model.cards else None,
+            # A network may begin at a fit to the training data: what that costs is part of its training.
+            "train": spread([sum(card["seconds"].values()) for card in model.cards]) if model.cards else None,
             "measure": spread([record.seconds for record in model.records]),
         },
         "config": model.cards[0]["config"] if model.cards else None,

@@ -250,16 +250,18 @@ def test_what_begins_at_the_fit_predicts_better_than_finite_differences(system: 
 
 
 def test_of_several_first_layers_the_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, errors = ADVECTION.data("train", 0, 8, TINY), {}
-    for draws in (1, 8):
-        monkeypatch.setattr(pixel_networks, "DRAWS", draws)
-        models = []
-        for seed in range(6):
-            torch.manual_seed(seed)
-            models.append(ADVECTION.build({}, train))
-        errors[draws] = [float((model(train.inputs) - train.targets[:, 0]).norm()) for model in models]
-    # One draw may be a bad one; the best of eight is not.
-    assert max(errors[8]) < 0.5 * max(errors[1])
+    model, seen = network(PixelNetwork(), 0.1), []
+
+    def fitted(model: nn.Module, field: PixelField, start: Tensor, *rest: object) -> float:
+        seen.append((len(start), field.inner.weight.clone()))
+        return [5.0, math.nan, 2.0, 3.0, 7.0, 2.5, 9.0, 2.1, 0.0][len(seen) - 1]
+
+    monkeypatch.setattr(pixel_networks, "_fitted", fitted)
+    u = torch.randn(16, 1, 20, 20)
+    fit(model, u, 0.5 * u, 0.1, 1e-3)
+    assert [count for count, _ in seen] == [2] * 8 + [16]
+    assert torch.equal(seen[-1][1], seen[2][1])
+    assert not torch.equal(seen[-1][1], seen[7][1])
 
 
 CONFIG = """

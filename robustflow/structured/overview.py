@@ -134,7 +134,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         "Mean ± standard deviation over the seeds, on the test examples, in float64. The control is a network without "
         "the structure and of the same size. Every figure, plot and source: NAME/table.md and NAME/report.html."
     )
-    return f"# {TITLE}\n\n{text}\n\n{table(list(HEAD), [_text(row) for row in rows])}\n"
+    return f"# {TITLE}\n\n{text}\n\n{table(list(HEAD), [_text(row) for row in rows], left=3)}\n"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -65,3 +65,19 @@ def test_the_newcomer_s_seconds_are_those_measured() -> None:
     loads = sorted((machine["load_before"][0], machine["load_after"][0]))
     assert f"{machine['cores']} cores with a load of {loads[0]:.0f} to {loads[1]:.0f}" in text
     assert f"{machine['threads']} thread" in text
+
+
+def test_one_seed_of_every_system_takes_less_than_half_an_hour() -> None:
+    """The README's minutes are those of the committed trainings and measurements, on one core."""
+    folders = sorted(path.parent for path in (ROOT / "results" / "structured").glob("*/config.json"))
+    assert [folder.name for folder in folders] == sorted(
+        path.stem for path in (ROOT / "configs" / "structured").glob("*.toml")
+    )
+    spent = 0.0
+    for folder in folders:
+        cards = [json.loads(path.read_text()) for path in (folder / "seed-0" / "models").glob("*/card.json")]
+        measured = [*(folder / "seed-0" / "measured").glob("*.json"), *(folder / "prepared").glob("*.json")]
+        spent += sum(sum(card["seconds"].values()) for card in cards)
+        spent += sum(json.loads(path.read_text())["seconds"] for path in measured)
+    assert spent < 30 * 60
+    assert f"takes {spent / 60:.0f} minutes of one core" in README.read_text(encoding="utf-8").replace("\n", " ")

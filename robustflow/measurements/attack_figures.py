@@ -35,7 +35,8 @@ def accuracy(part: Record) -> Figure:
                 _points(ax, model["runs"][name], marker, colour(place + 3 if place else 1), name, 0.012 * (place - 1))
         robust_accuracy_axes(ax, max(part["epsilons"]))
         ax.set_title(short(model["model"], 24))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    columns = 3 if len(axes) > 2 else 2
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     figure.supylabel("accuracy under attack (%)", fontsize=9)
     return figure
 

@@ -145,8 +145,9 @@ def test_commands_of_other_programs_are_those_that_ci_runs() -> None:
         if name == "README.md" or (name, command) in OURS:
             continue
         if "pytest tests" in command:
-            for file in command.split()[3:]:
-                assert re.search(r"^def test_", text_of(ROOT / file), flags=re.M), file
+            for place in command.split()[3:]:
+                files = (ROOT / place).glob("test_*.py") if (ROOT / place).is_dir() else [ROOT / place]
+                assert any(re.search(r"^def test_", text_of(file), flags=re.M) for file in files), place
         elif "robustflow.licences" in command:
             licences.main()
         else:

@@ -56,7 +56,7 @@ train = {{optimizer = "sgd", learning_rate = 0.05, schedule = "constant", loss =
 NAMES = ("sharp", "flexible", "convolutions")
 
 
-# robustflow.cli, but step 10 of one training is held until somebody ends it, or kills the second process, once.
+# robustflow.cli, but step 10 of one training is held until somebody ends it.
 HARMED = """
 import os, runpy, time
 from robustflow.training import Training

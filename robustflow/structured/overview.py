@@ -36,9 +36,10 @@ def system_directories(out: Path) -> list[Path]:
     if not out.is_dir() or (out / "config.json").exists():
         return []
     found = [path for path in out.iterdir() if (path / "config.json").is_file()]
-    named = {path: checkpoints.read_json(path / "config.json").get("system") for path in found}
+    notes = {path: checkpoints.read_json(path / "config.json") for path in found}
+    named = {path: str(note.get("system")) for path, note in notes.items() if isinstance(note, dict)}
     order = list(SYSTEMS)
-    return sorted((path for path in found if named[path] in order), key=lambda p: (order.index(named[p]), p.name))
+    return sorted((path for path in named if named[path] in order), key=lambda p: (order.index(named[p]), p.name))
 
 
 def build_overview(out: Path) -> Path:

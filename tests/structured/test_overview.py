@@ -81,3 +81,15 @@ def test_systems_are_neither_certified_nor_attacked(both: Path, capsys: pytest.C
     for stage in ("certify", "attack"):
         assert run(stage, both) == 2
         assert "certify and attack are for classifiers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad", '"text"'])
+def test_a_directory_of_something_else_is_one_line(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "config.json").write_text(content)
+    for stage in ("report", "certify", "attack"):
+        assert run(stage, tmp_path / "out") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "config.json" in line

@@ -19,32 +19,33 @@ def _shortened(delta: Tensor, radius: float) -> Tensor:
     return delta * (radius / norms).clamp_max(1.0).view(-1, *(1,) * (delta.dim() - 1))
 
 
+def in_unit_ball(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Points drawn evenly from the unit L2 ball, one for each image of ``shape`` (B, C, H, W).
+
+    On the CPU, so that a seed means the same points on every device.
+    """
+    direction = torch.randn(shape, generator=generator)
+    length = torch.rand(shape[0], generator=generator) ** (1 / shape[1:].numel())
+    return direction * (length / direction.flatten(1).norm(dim=1)).view(-1, *(1,) * (len(shape) - 1))
+
+
 def adversaries(
-    logits: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
+    logits: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, start: Tensor, *, epsilon: float, steps: int
 ) -> Tensor:
-    """x + δ, ‖δ‖₂ ≤ ε, by projected gradient ascent of cross-entropy from a random point of the ball.
+    """x + δ, ‖δ‖₂ ≤ ε, by projected gradient ascent of cross-entropy from x + ε·``start``.
 
-    A step goes 2.5·ε/steps along the normalised gradient of each image, then back into the ball and into [0, 1]. Random
-    numbers are drawn on the CPU, so that a seed means the same start on every device.
+    A step goes 2.5·ε/steps along the normalised gradient of each image, then back into the ball and into [0, 1].
 
-    Shape: images (B, C, H, W) in [0, 1], labels (B,) → (B, C, H, W) in [0, 1], without a gradient.
+    Shape: images (B, C, H, W) in [0, 1], labels (B,), start as images → (B, C, H, W) in [0, 1], without a gradient.
 
     >>> x, y = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
     >>> sums = lambda x: torch.stack([-x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1)
-    >>> moved = adversaries(sums, x, y, epsilon=0.2, steps=40, generator=torch.Generator().manual_seed(0)) - x
+    >>> start = in_unit_ball(x.shape, torch.Generator().manual_seed(0))
+    >>> moved = adversaries(sums, x, y, start, epsilon=0.2, steps=40) - x
     >>> [round(total, 1) for total in moved.sum((1, 2, 3)).tolist()]  # along (1, 1, 1, 1)/2: at most 0.4
     [0.4, -0.4]
     """
     shape = (len(images), *(1,) * (images.dim() - 1))
-    start = torch.randn(images.shape, generator=generator)
-    length = torch.rand(len(images), generator=generator) ** (1 / images[0].numel())
-    start = start / start.flatten(1).norm(dim=1).view(shape) * length.view(shape)
     delta = epsilon * start.to(images)
     for _ in range(steps):
         x = (images + delta).clamp(0, 1).requires_grad_()

@@ -64,6 +64,7 @@ class HingeLoss(Strict):
 class CrossEntropyLoss(Strict):
     kind: Literal["cross-entropy"]
     temperature: float = Field(1.0, gt=0)
+    smoothing: float = Field(0.0, ge=0, lt=1, description="share of every label that is spread over all classes")
 
 
 class OffsetLoss(Strict):
@@ -83,6 +84,13 @@ LossConfig = Annotated[
 ]
 
 
+class AdversarialConfig(Strict):
+    """The attack inside adversarial training: ``steps`` of projected gradient ascent in the L2 ball of ``epsilon``."""
+
+    epsilon: Radius = Field(gt=0)
+    steps: int = Field(2, ge=1)
+
+
 class LoopConfig(Strict):
     """What any training has, of whatever it is."""
 
@@ -91,6 +99,7 @@ class LoopConfig(Strict):
     optimizer: str
     learning_rate: float = Field(3e-3, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = Field(False, description="of optimizer 'sgd'")
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the training in which one-cycle rises")
@@ -103,6 +112,7 @@ class TrainConfig(LoopConfig):
     """How a classifier is trained. ``muon_learning_rate``: the step for orthonormal matrices under optimizer "muon"."""
 
     loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset", offset=0.3, temperature=0.25))
+    adversarial: AdversarialConfig | None = None
     optimizer: Literal["sgd", "nadam", "muon"] = "muon"
     muon_learning_rate: float = Field(0.02, gt=0)
     crop: int = Field(2, ge=0)

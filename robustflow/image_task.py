@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustflow import losses
+from robustflow.adversarial_training import adversaries, in_unit_ball
 from robustflow.config import CrossEntropyLoss, HingeLoss, LossConfig, OffsetLoss, TrainConfig
 from robustflow.data import ImageSet, Split, augment, to_float
 from robustflow.errors import UserError
 from robustflow.networks import Classifier
 from robustflow.regimes import REGIMES, nominal_constant
 
-# (model, images in [0, 1], labels) -> the images that the loss is taken of
-Shown = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def as_they_are(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The images themselves. Adversarial training shows others."""
-    return images
-
 
 def build_loss(config: LossConfig) -> losses.Loss:
     if isinstance(config, HingeLoss):
         return losses.hinge(config.margin)
     if isinstance(config, CrossEntropyLoss):
-        return losses.cross_entropy(config.temperature)
+        return losses.cross_entropy(config.temperature, config.smoothing)
     if isinstance(config, OffsetLoss):
         return losses.offset_cross_entropy(config.offset, config.temperature)
     return losses.certified_cross_entropy(config.epsilon, config.temperature)
@@ -46,10 +39,9 @@ class ImageTask:
         *,
         device: torch.device,
         part: slice = slice(None),
-        shown: Shown = as_they_are,
     ) -> None:
         """``part``: of every batch, what this process is to see (`distributed.Group.part`)."""
-        self.config, self.device, self.part, self.shown = config, device, part, shown
+        self.config, self.device, self.part = config, device, part
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: Classifier = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.data, self.validation = images.splits["train"].to(device), images.splits["validation"].to(device)
@@ -62,13 +54,23 @@ class ImageTask:
     def loss(self, batch: Tensor, drawn: torch.Generator, share: float) -> tuple[Tensor, Mapping[str, float]]:
         pixels, labels = self.data.pixels[batch], self.data.labels[batch]
         pixels = augment(pixels, crop=self.config.crop, flip=self.config.flip, generator=drawn)
-        pixels, labels = pixels[self.part], labels[self.part]
+        images, labels = to_float(pixels[self.part]), labels[self.part]
         with self._autocast():
-            logits = self.model(self.shown(self.model, to_float(pixels), labels))
+            if self.config.adversarial is not None:
+                images = self._attacked(images, labels, pixels.shape, drawn)
+            logits = self.model(images)
         if self.scaled:
             logits = logits / nominal_constant(self.model)
         loss = self.objective(logits.float(), labels, self.model.head.weight, share)
         return loss, {"correct": int((logits.detach().argmax(1) == labels).sum())}
+
+    def _attacked(self, images: Tensor, labels: Tensor, batch: torch.Size, drawn: torch.Generator) -> Tensor:
+        attack = self.config.adversarial
+        assert attack is not None
+        count, height, width, channels = batch
+        # Drawn for the whole batch, so that every process sees the part that one alone would.
+        start = in_unit_ball(torch.Size((count, channels, height, width)), drawn)[self.part]
+        return adversaries(self.model, images, labels, start, epsilon=attack.epsilon, steps=attack.steps)
 
     def figures(self, sums: Mapping[str, float], seen: int, last: bool) -> dict[str, Any]:
         validated = self.validation if last else self.validation.head(self.config.validate_images)

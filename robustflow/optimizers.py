@@ -21,7 +21,11 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
     if config.optimizer == "sgd":
         return [
             torch.optim.SGD(
-                trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=False
+                trained,
+                config.learning_rate,
+                config.momentum,
+                weight_decay=config.weight_decay,
+                nesterov=config.nesterov,
             )
         ]
     if config.optimizer == "adam":

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from robustflow.adversarial_training import adversaries
+from robustflow import config, data, image_task
+from robustflow.adversarial_training import adversaries, in_unit_ball
+from robustflow.networks import create_model
 
 
 def attack(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epsilon: float, steps: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return adversaries(model, images, labels, epsilon=epsilon, steps=steps, generator=generator)
+    start = in_unit_ball(images.shape, torch.Generator().manual_seed(0))
+    return adversaries(model, images, labels, start, epsilon=epsilon, steps=steps)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10])
@@ -57,3 +59,47 @@ def test_a_seed_gives_the_same_images() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
     assert torch.equal(attack(model, images, labels, 0.2, 3), attack(model, images, labels, 0.2, 3))
+
+
+def test_a_training_sees_the_attacked_images() -> None:
+    """Its loss is that of images that are up to ε away, and larger than without the attack."""
+    digits = data.load("digits")
+    settings = config.TrainConfig(
+        epochs=1, loss=config.CrossEntropyLoss(kind="cross-entropy"), crop=0, flip=False, optimizer="sgd"
+    )
+    attacked = settings.model_copy(update={"adversarial": config.AdversarialConfig(epsilon=0.5, steps=3)})
+    torch.manual_seed(0)
+    model = create_model("resnet", input_shape=(1, 8, 8), channels=(4, 8))
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    values = []
+    for chosen in (settings, attacked):
+        task = image_task.ImageTask(model, digits, chosen, device=torch.device("cpu"))
+        values.append(float(task.loss(torch.arange(64), torch.Generator().manual_seed(1), 0.0)[0].detach()))
+    clean, moved = seen[0], seen[-1]
+    distances = (moved - clean).flatten(1).norm(dim=1)
+    assert len(seen) == 1 + 4
+    assert float(distances.min()) > 0.2
+    assert float(distances.max()) <= 0.5 + 1e-6
+    assert values[1] > values[0] + 0.01
+
+
+def test_every_process_attacks_its_part_as_one_alone_would() -> None:
+    digits = data.load("digits")
+    settings = config.TrainConfig(
+        epochs=1,
+        loss=config.CrossEntropyLoss(kind="cross-entropy"),
+        optimizer="sgd",
+        adversarial=config.AdversarialConfig(epsilon=0.5, steps=2),
+    )
+    torch.manual_seed(0)
+    model = create_model("nonexpansive", input_shape=(1, 8, 8), channels=(4,), layers=2)
+    whole, first, second = (
+        float(
+            image_task.ImageTask(model, digits, settings, device=torch.device("cpu"), part=part)
+            .loss(torch.arange(32), torch.Generator().manual_seed(1), 0.0)[0]
+            .detach()
+        )
+        for part in (slice(None), slice(0, 16), slice(16, 32))
+    )
+    assert whole == pytest.approx((first + second) / 2, abs=1e-6)

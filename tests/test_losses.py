@@ -41,6 +41,16 @@ def test_offset_cross_entropy(offset: float, temperature: float) -> None:
         assert float(cross_entropy(temperature)(LOGITS, LABELS, ROWS, 0.0)) == pytest.approx(total / 6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_by_its_formula(smoothing: float) -> None:
+    total = 0.0
+    for logits, label in zip(LOGITS.tolist(), LABELS.tolist(), strict=True):
+        normaliser = math.log(sum(math.exp(value / 2) for value in logits))
+        shares = [smoothing / len(logits) + (1 - smoothing) * (j == label) for j in range(len(logits))]
+        total += 2 * sum(share * (normaliser - value / 2) for share, value in zip(shares, logits, strict=True))
+    assert float(cross_entropy(2.0, smoothing)(LOGITS, LABELS, ROWS, 0.0)) == pytest.approx(total / len(LABELS))
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_certified_cross_entropy(progress: float) -> None:
     """ε grows from a tenth to all of it; every class but the label is raised by ε·‖w_y − w_j‖."""

@@ -82,15 +82,6 @@ class Convolution(nn.Module):
         return F.conv2d(F.pad(x, (self.padding,) * 4, mode="circular"), kernel)
 
 
-def _convolution_is_faster(x: Tensor) -> bool:
-    """Whether patches go through a convolution or a matrix product; the two differ in rounding alone.
-
-    On a CPU float32 convolutions are the faster ones (by a fifth), bfloat16 and float64 ones the slower (half the
-    speed).
-    """
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
 class PatchConvolution(nn.Module):
     """A matrix W with orthonormal rows (or columns, if tall) on disjoint p × p patches, optionally on a shifted grid.
 
@@ -112,34 +103,27 @@ class PatchConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels * patch * patch))
         nn.init.orthogonal_(self.weight)
 
-    def _kernel(self) -> Tensor:
-        return self.weight.view(self.out_channels, self.in_channels, self.patch, self.patch)
-
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.shift:
             x = torch.roll(x, (-self.shift, -self.shift), (2, 3))
-        if _convolution_is_faster(x):
-            return F.conv2d(x, self._kernel(), bias, stride=self.patch)
         p, (batch, channels, height, width) = self.patch, x.shape
         # Like a convolution, without the pixels at the far edges that no patch covers.
         rows, columns = height // p, width // p
         x = x[:, :, : rows * p, : columns * p].permute(0, 2, 3, 1).reshape(batch, rows, p, columns, p, channels)
         x = x.transpose(2, 3).reshape(batch, rows, columns, -1)
-        return F.linear(x, self._matrix(), bias).permute(0, 3, 1, 2)
+        return F.linear(x, self.matrix(), bias).permute(0, 3, 1, 2)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Wᵀ on every patch and the grid shifted back."""
-        if _convolution_is_faster(y):
-            x = F.conv_transpose2d(y, self._kernel(), stride=self.patch)
-        else:
-            p, (batch, _, height, width) = self.patch, y.shape
-            rows = (y.permute(0, 2, 3, 1) @ self._matrix()).view(batch, height, width, p, p, self.in_channels)
-            x = rows.transpose(2, 3).reshape(batch, height * p, width * p, self.in_channels).permute(0, 3, 1, 2)
+        p, (batch, _, height, width) = self.patch, y.shape
+        rows = (y.permute(0, 2, 3, 1) @ self.matrix()).view(batch, height, width, p, p, self.in_channels)
+        x = rows.transpose(2, 3).reshape(batch, height * p, width * p, self.in_channels).permute(0, 3, 1, 2)
         return torch.roll(x, (self.shift, self.shift), (2, 3)) if self.shift else x
 
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """W with its columns in the order in which channels-last memory holds a patch: row, column, channel."""
-        return self._kernel().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
+        kernel = self.weight.view(self.out_channels, self.in_channels, self.patch, self.patch)
+        return kernel.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
 
     @torch.no_grad()
     def constrain_(self, *, exact: bool = False) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustflow.errors import UserError
 from robustflow.fields import GradientField, TwoKernelField
+from robustflow.fused_steps import patch_gradient_step
 from robustflow.methods import (
     PROPERTIES,
     Method,
@@ -19,6 +20,7 @@ from robustflow.methods import (
     method_of,
     require_kept,
 )
+from robustflow.operators import PatchConvolution
 
 Field = GradientField | TwoKernelField
 
@@ -159,8 +161,23 @@ class EulerStep(Step):
         super().__init__(field, "explicit-euler", step_size, interval=interval, learned=learned, keep=keep)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and type(self.field) is GradientField and type(self.field.operator) is PatchConvolution:
+            return self._on_patches(x, self.field, self.field.operator)
         # Not through `method`, an attribute: the Lipschitz rule of this class is about this formula.
         return explicit_euler(self.field, x, self.step_size)
+
+    def _on_patches(self, x: Tensor, field: GradientField, operator: PatchConvolution) -> Tensor:
+        """The same formula, in half the time: for training alone."""
+        return patch_gradient_step(
+            x,
+            operator.matrix(),
+            field.bias,
+            self.step_size,
+            sign=field.sign,
+            slope=field.slope,
+            patch=operator.patch,
+            shift=operator.shift,
+        )
 
 
 class AveragedStep(nn.Module):

@@ -27,6 +27,7 @@ from robustflow import checkpoints
 from robustflow.config import LoopConfig
 from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
+from robustflow.memory import keep_freed_memory
 from robustflow.optimizers import build_optimizers, schedule
 
 STATE, LOG, WEIGHTS = "training.safetensors", "train.jsonl", "model.safetensors"
@@ -130,6 +131,8 @@ class Training:
         Raises:
             UserError: the loss stopped being finite. The last checkpoint stays; no model is written.
         """
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._restore()
         self.model.train()
         saved, started = time.monotonic(), time.monotonic() - self.progress.seconds

@@ -26,6 +26,7 @@ from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
 from robustflow.falsifier import lower_estimates
 from robustflow.image_task import ImageTask
+from robustflow.models import find_trained
 from robustflow.networks import Classifier
 from robustflow.trained import CARD, check_weights, identity_of, is_finished, read_card, train_once
 from robustflow.training import STATE, WEIGHTS, check_state
@@ -41,9 +42,9 @@ def open_directory(out: Path, experiment: Experiment, name: str, images: ImageSe
     """
     pixels = fingerprint(images)
     for config in experiment.models:
-        folder, identity = out / "models" / config.name, identity_of(config, experiment.seed, pixels)
-        if not is_finished(folder, identity) and (folder / STATE).is_file():
-            check_state(folder / STATE, identity)
+        folder, wanted = out / "models" / config.name, identity(config, experiment.seed, pixels)
+        if not is_finished(folder, wanted) and (folder / STATE).is_file():
+            check_state(folder / STATE, wanted)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -107,6 +108,17 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def starting_point(config: ModelConfig) -> Path | None:
+    """The directory of the trained model whose weights a training begins with, if it does."""
+    return None if config.train.start is None else find_trained(config.train.start)
+
+
+def identity(config: ModelConfig, seed: int, pixels: str) -> str:
+    """What decides the weights of a model: config, seed, images, and the weights that it starts with."""
+    start = starting_point(config)
+    return identity_of(config, seed, pixels if start is None else [pixels, read_card(start)["sha256"]])
+
+
 def train(
     experiment: Experiment,
     out: Path,
@@ -142,8 +154,13 @@ def train_model(
     group: Group = ALONE,
     listener: Callable[[int], None] | None = None,
 ) -> None:
+    start = starting_point(config)
+
     def build() -> ImageTask:
         model = build_model(config, images)
+        if start is not None:
+            check_weights(start)
+            checkpoints.load_weights(model, start / WEIGHTS)
         part = group.part(model, config.train.batch_size)
         return ImageTask(model, images, config.train, device=device, part=part)
 
@@ -155,7 +172,7 @@ def train_model(
             "parameters": networks.parameter_count(model),
             "multiply_adds": networks.multiply_adds(model),
             "config": config.model_dump(mode="json"),
-        }
+        } | ({} if start is None else {"start": {key: read_card(start)[key] for key in ("name", "sha256", "seconds")}})
 
     examples = {
         "dataset": images.name,
@@ -167,8 +184,9 @@ def train_model(
         "sha256": pixels,
     }
     train_once(
-        folder, config.train, build, about, examples, identity=identity_of(config, seed, pixels), seed=seed,
+        folder, config.train, build, about, examples, identity=identity(config, seed, pixels), seed=seed,
         device=device, group=group, listener=listener,
+        before=0.0 if start is None else read_card(start)["seconds"]["train"],
     )  # fmt: skip
 
 

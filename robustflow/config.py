@@ -112,6 +112,7 @@ class TrainConfig(LoopConfig):
     """How a classifier is trained. ``muon_learning_rate``: the step for orthonormal matrices under optimizer "muon"."""
 
     loss: LossConfig = Field(default_factory=lambda: OffsetLoss(kind="offset", offset=0.3, temperature=0.25))
+    start: str | None = Field(None, description="a trained model, directory or OUT/NAME, whose weights it begins with")
     adversarial: AdversarialConfig | None = None
     optimizer: Literal["sgd", "nadam", "muon"] = "muon"
     muon_learning_rate: float = Field(0.02, gt=0)

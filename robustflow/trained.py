@@ -30,7 +30,8 @@ def read_card(folder: Path) -> dict[str, Any]:
 def identity_of(config: Strict, seed: int, data: Any) -> str:
     """What decides the weights: the model's config, the seed, and ``data``, which stands for the examples."""
     # Without defaults, so that an option added later does not disown the models of before.
-    free = {"train": {"checkpoint_seconds", "log_every"}}
+    # Where training starts is in ``data``, by content.
+    free = {"train": {"checkpoint_seconds", "log_every", "start"}}
     decisive = config.model_dump(mode="json", exclude_defaults=True, exclude=free)
     return hashlib.sha256(json.dumps([decisive, seed, data], sort_keys=True).encode()).hexdigest()
 
@@ -69,10 +70,12 @@ def train_once(
     device: torch.device,
     group: Group = ALONE,
     listener: Callable[[int], None] | None = None,
+    before: float = 0.0,
 ) -> None:
     """Train what ``build`` makes (after the seed was set), unless it is done, and write its card.
 
-    ``about`` says what the card tells of the trained model, ``data`` what it tells of the examples.
+    ``about`` says what the card tells of the trained model, ``data`` what it tells of the examples. ``before`` are the
+    seconds that went into the weights it starts with: the card's ``seconds.train`` has them too.
 
     Raises:
         UserError: as `is_finished` and `Training.run`.
@@ -95,7 +98,7 @@ def train_once(
         "name": folder.name,
         **about(task.model),
         "seed": seed,
-        "seconds": {"train": round(seconds, 3), "build": round(built, 3)},
+        "seconds": {"train": round(before + seconds, 3), "build": round(built, 3)},
         "processes": group.size,
         "environment": environment.describe(device),
         "data": dict(data),

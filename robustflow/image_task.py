@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,14 +51,18 @@ class ImageTask:
         self.objective = build_loss(config.loss)
         self.scaled = model.regime in REGIMES and REGIMES[model.regime].constrained
 
-    def loss(self, batch: Tensor, drawn: torch.Generator, share: float) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(
+        self, batch: Tensor, drawn: torch.Generator, share: float, model: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """As `training.Task`; ``model``: called in place of the task's own."""
+        call = self.model if model is None else model
         pixels, labels = self.data.pixels[batch], self.data.labels[batch]
         pixels = augment(pixels, crop=self.config.crop, flip=self.config.flip, generator=drawn)
         images, labels = to_float(pixels[self.part]), labels[self.part]
         with self._autocast():
             if self.config.adversarial is not None:
                 images = self._attacked(images, labels, pixels.shape, drawn)
-            logits = self.model(images)
+            logits = call(images)
         if self.scaled:
             logits = logits / nominal_constant(self.model)
         loss = self.objective(logits.float(), labels, self.model.head.weight, share)

@@ -45,6 +45,7 @@ class Part:
     section: Callable[[Record], str]
     figures: Mapping[str, Callable[[Record], Figure]]  # by file name, without its .png
     uses_benchmark: bool = False
+    uses_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def _command(family: Family, request: Request, part: str) -> str:
     words = ["robustflow measure", family.name, "--out", str(request.out), "--only", part]
     if request.benchmark is not None and family.parts[part].uses_benchmark:
         words += ["--bench", str(request.benchmark), "--data", "DIR"]
+    elif family.parts[part].uses_data:
+        words += ["--data", "DIR"]
     return " ".join(words)
 
 

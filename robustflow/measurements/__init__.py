@@ -16,6 +16,7 @@ from robustflow.measurements import (
     tables,
     training_cost,
     training_pages,
+    views,
 )
 from robustflow.measurements.family import Family, Part, Request, measure
 
@@ -47,6 +48,13 @@ FAMILIES = {
                     lambda request: networks.gains(request.benchmark, request.data),
                     tables.gains,
                     {"gains": figures.gains},
+                    uses_benchmark=True,
+                ),
+                "views": Part(
+                    "What more views of an image gain",
+                    views.views,
+                    views.section,
+                    {"views": views.draw},
                     uses_benchmark=True,
                 ),
                 "campaign": Part(

@@ -127,3 +127,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(rate: Sequence[float]) -> str:
+    """Of (value, low, high).
+
+    >>> percent((0.5, 0.41, 0.59))
+    '50.0 (41.0–59.0)'
+    """
+    value, low, high = (100 * number for number in rate)
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"

@@ -30,7 +30,7 @@ from robustflow.certificates import certify
 from robustflow.config import ModelConfig, TrainConfig, from_dict
 from robustflow.data import ImageSet
 from robustflow.image_task import ImageTask
-from robustflow.measurements.family import Record, Request, markdown_table
+from robustflow.measurements.family import Record, Request, markdown_table, percent
 from robustflow.memory import keep_freed_memory
 from robustflow.networks import Classifier, Constrained
 from robustflow.operators import PatchConvolution
@@ -254,10 +254,7 @@ def section(part: Record) -> str:
     for row in best(part):
         costs = [f"{1000 * times[row['way'], size]['seconds']:.1f} ms" for size in sizes]
         defect = max(times[row["way"], size]["defect"] for size in sizes)
-        shares = [
-            "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (row[k], *row[f"{k}_interval"])))
-            for k in ("clean", "certified")
-        ]
+        shares = [percent([row[key], *row[f"{key}_interval"]]) for key in ("clean", "certified")]
         rows.append([row["way"], *costs, f"{defect:.0e}", f"{row['rate']:g}", f"{row['steps']}", *shares])
     header = ["way", *(f"update, {size}²" for size in sizes), "‖WWᵀ − I‖", "rate", "steps", "clean", "36/255"]
     return (

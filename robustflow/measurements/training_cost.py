@@ -27,6 +27,7 @@ from robustflow.config import ModelConfig, TrainConfig
 from robustflow.data import ImageSet, Split, to_float
 from robustflow.image_task import ImageTask, build_loss
 from robustflow.measurements.family import Record, Request
+from robustflow.memory import keep_freed_memory
 from robustflow.optimizers import build_optimizers
 from robustflow.training import Training, generator
 
@@ -99,6 +100,7 @@ def _profiled(subject: ModelConfig, precision: str) -> Record:
 def _training(subject: ModelConfig, train: TrainConfig, count: int) -> Iterator[Training]:
     images = random_images(count)
     torch.manual_seed(0)
+    keep_freed_memory()  # as `Training.run` does
     with tempfile.TemporaryDirectory(prefix="robustflow-profile-") as folder:
         task = ImageTask(bench.build_model(subject, images), images, train, device=CPU)
         yield Training(task, train, Path(folder), seed=0, device=CPU, identity="profile")
@@ -229,6 +231,7 @@ def _ours(subject: ModelConfig, precision: str, count: int) -> float:
 
 def _plain(subject: ModelConfig, images: ImageSet) -> float:
     torch.manual_seed(0)
+    keep_freed_memory(False)
     model = bench.build_model(subject, images)
     [optimizer] = build_optimizers(model, subject.train)
     objective = build_loss(subject.train.loss)

@@ -1,7 +1,8 @@
 """Adversarial training: the images that the loss sees are attacked first. A baseline; it proves nothing.
 
 Source: Madry, Makelov, Schmidt, Tsipras & Vladu, "Towards deep learning models resistant to adversarial attacks",
-arXiv 1706.06083.
+arXiv 1706.06083. The attack runs on the network as it trains: batch normalisation uses the statistics of its batches,
+and its running statistics are of attacked images.
 """
 
 from __future__ import annotations

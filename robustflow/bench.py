@@ -26,8 +26,8 @@ from robustflow.distributed import ALONE, Group
 from robustflow.errors import UserError
 from robustflow.falsifier import lower_estimates
 from robustflow.image_task import ImageTask
-from robustflow.models import find_trained
 from robustflow.networks import Classifier
+from robustflow.starting_point import find_start, start_of
 from robustflow.trained import CARD, check_weights, identity_of, is_finished, read_card, train_once
 from robustflow.training import STATE, WEIGHTS, check_state
 
@@ -42,7 +42,8 @@ def open_directory(out: Path, experiment: Experiment, name: str, images: ImageSe
     """
     pixels = fingerprint(images)
     for config in experiment.models:
-        folder, wanted = out / "models" / config.name, identity(config, experiment.seed, pixels)
+        folder = out / "models" / config.name
+        wanted = identity(config, folder, experiment.seed, pixels)
         if not is_finished(folder, wanted) and (folder / STATE).is_file():
             check_state(folder / STATE, wanted)
     try:
@@ -108,15 +109,10 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def starting_point(config: ModelConfig) -> Path | None:
-    """The directory of the trained model whose weights a training begins with, if it does."""
-    return None if config.train.start is None else find_trained(config.train.start)
-
-
-def identity(config: ModelConfig, seed: int, pixels: str) -> str:
-    """What decides the weights of a model: config, seed, images, and the weights that it starts with."""
-    start = starting_point(config)
-    return identity_of(config, seed, pixels if start is None else [pixels, read_card(start)["sha256"]])
+def identity(config: ModelConfig, folder: Path, seed: int, pixels: str) -> str:
+    """What decides the weights of the model in ``folder``: config, seed, images, the weights that it begins with."""
+    start = start_of(config, folder)
+    return identity_of(config, seed, pixels if start is None else [pixels, start])
 
 
 def train(
@@ -133,7 +129,10 @@ def train(
     chosen = chosen_models(experiment, only)
     for config in chosen:
         # Before the first training, not after hours of it.
-        group.part(build_model(config, images), config.train.batch_size)
+        model = build_model(config, images)
+        group.part(model, config.train.batch_size)
+        if not (out / "models" / config.name / CARD).is_file() and (start := find_start(config)) is not None:
+            start.load(model)
     for config in chosen:
         folder = out / "models" / config.name
         train_model(config, folder, images, seed=experiment.seed, device=device, pixels=pixels, group=group)
@@ -154,13 +153,15 @@ def train_model(
     group: Group = ALONE,
     listener: Callable[[int], None] | None = None,
 ) -> None:
-    start = starting_point(config)
+    wanted = identity(config, folder, seed, pixels)
+    start = None if is_finished(folder, wanted) else find_start(config)
+    if start is not None:
+        group.agree(int(start.sha256[:15], 16), f"the weights of {start.folder}, where {config.name} begins")
 
     def build() -> ImageTask:
         model = build_model(config, images)
         if start is not None:
-            check_weights(start)
-            checkpoints.load_weights(model, start / WEIGHTS)
+            start.load(model)
         part = group.part(model, config.train.batch_size)
         return ImageTask(model, images, config.train, device=device, part=part)
 
@@ -172,7 +173,7 @@ def train_model(
             "parameters": networks.parameter_count(model),
             "multiply_adds": networks.multiply_adds(model),
             "config": config.model_dump(mode="json"),
-        } | ({} if start is None else {"start": {key: read_card(start)[key] for key in ("name", "sha256", "seconds")}})
+        } | ({} if start is None else {"start": start.note})
 
     examples = {
         "dataset": images.name,
@@ -184,9 +185,9 @@ def train_model(
         "sha256": pixels,
     }
     train_once(
-        folder, config.train, build, about, examples, identity=identity(config, seed, pixels), seed=seed,
+        folder, config.train, build, about, examples, identity=wanted, seed=seed,
         device=device, group=group, listener=listener,
-        before=0.0 if start is None else read_card(start)["seconds"]["train"],
+        before=0.0 if start is None else start.seconds["train"],
     )  # fmt: skip
 
 

@@ -107,6 +107,13 @@ class LoopConfig(Strict):
     log_every: int = Field(1, ge=1, description="epochs to a line of the log, validated at its end")
     checkpoint_seconds: float = Field(120.0, gt=0)
 
+    @field_validator("nesterov")
+    @classmethod
+    def _with_momentum(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and (info.data.get("optimizer") != "sgd" or not info.data.get("momentum")):
+            raise ValueError("nesterov needs optimizer = 'sgd' and a momentum above 0")
+        return value
+
 
 class TrainConfig(LoopConfig):
     """How a classifier is trained. ``muon_learning_rate``: the step for orthonormal matrices under optimizer "muon"."""

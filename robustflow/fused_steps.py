@@ -8,8 +8,9 @@ Written layer by layer, the image is copied to roll the grid, to collect the pat
 add, to scatter and to roll back, and as often again in backward. Here rolling and collecting are one gather, the sum is
 part of the matrix product, and backward keeps no more than P and σ(…).
 
-Certificates, attacks and every evaluation use the formula itself (`robustflow.steps.EulerStep`); the tests hold the two
-against each other, values and gradients.
+Certificates, attacks and every evaluation use the formula itself (`robustflow.steps.EulerStep`), as does whatever takes
+no gradients or is a transform of torch.func; the tests hold the two against each other, values and gradients. It can be
+differentiated once.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class _PatchGradientStep(torch.autograd.Function):
         batch, channels, height, width = x.shape
         order, back = patch_order(height, width, patch, shift, x.device)
         rows = _gather(x, order).view(-1, patch * patch * channels)
-        hidden = torch.addmm(bias, rows, matrix.T)
+        hidden = torch.addmm(bias.to(x.dtype), rows, matrix.to(x.dtype).T)
         hidden = F.relu_(hidden) if slope == 0 else F.leaky_relu_(hidden, slope)
-        out = torch.addmm(rows, hidden, matrix * (size * sign))
+        # h s times the matrix in its own precision: rounded before that, a small update of h would be lost.
+        out = torch.addmm(rows, hidden, (matrix * (size * sign)).to(x.dtype))
         ctx.save_for_backward(rows, hidden, matrix, size)
         ctx.sign, ctx.slope, ctx.patch, ctx.shift, ctx.shape = sign, slope, patch, shift, x.shape
         return _image(out.view(batch, height * width, channels).index_select(1, back), height, width)
@@ -61,16 +63,21 @@ class _PatchGradientStep(torch.autograd.Function):
         above = _gather(gradients[0].to(rows.dtype), order).view_as(rows)
         # The factor h s goes with the small matrices: the gradients of rows and of σ(…) are never scaled by themselves.
         factor = size * ctx.sign
-        inner = above @ matrix.T
-        by_size = torch.einsum("no,no->", inner, hidden) * ctx.sign if ctx.needs_input_grad[3] else None
+        lower = matrix.to(rows.dtype)
+        inner = above @ lower.T
+        by_size = None
+        if ctx.needs_input_grad[3]:
+            by_size = torch.einsum("no,no->", inner, hidden).to(size.dtype) * ctx.sign
         # σ keeps the sign of what goes in, so that its slope can be read off what came out.
         if ctx.slope == 0:
             inner = torch.ops.aten.threshold_backward(inner, hidden, 0)
         else:
             inner = torch.ops.aten.leaky_relu_backward(inner, hidden, ctx.slope, True)
-        by_matrix = torch.addmm(hidden.T @ above, inner.T, rows).mul_(factor)
-        below = torch.addmm(above, inner, matrix * factor).view(batch, height * width, channels).index_select(1, back)
-        return _image(below, height, width), by_matrix, inner.sum(0) * factor, by_size, None, None, None, None
+        by_matrix = torch.addmm(hidden.T @ above, inner.T, rows).to(matrix.dtype) * factor
+        by_bias = inner.sum(0).to(size.dtype) * factor
+        below = torch.addmm(above, inner, (matrix * factor).to(rows.dtype))
+        below = below.view(batch, height * width, channels).index_select(1, back)
+        return _image(below, height, width), by_matrix, by_bias, by_size, None, None, None, None
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
@@ -99,7 +106,6 @@ def patch_gradient_step(
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        lower = torch.get_autocast_dtype(kind)
-        x, matrix, bias, size = x.to(lower), matrix.to(lower), bias.to(lower), size.to(lower)
+        x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         return _PatchGradientStep.apply(x, matrix, bias, size, sign, slope, patch, shift)

@@ -71,12 +71,20 @@ class Convolution(nn.Module):
             bound = norms.conv2d_norm(self.weight.double().cpu(), self.image_size, padding=self.padding)
             self.weight.div_(bound if bound > 0 else 1.0)
             return
+        self.find_direction_(iterations)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            self.weight.div_(self._circular(self.direction, self.weight).norm().clamp_min(1e-12))
+
+    @torch.no_grad()
+    def find_direction_(self, iterations: int = 30) -> None:
+        """Power iteration: where the kernel as it is now stretches most. The kernel stays."""
+        if self.image_size is None or self.weight.is_meta:
+            return
         transposed = self.weight.flip(2, 3).transpose(0, 1)
         with torch.autocast(self.weight.device.type, enabled=False):
             for _ in range(iterations):
                 back = self._circular(self._circular(self.direction, self.weight), transposed)
                 self.direction.copy_(back / back.norm().clamp_min(1e-12))
-            self.weight.div_(self._circular(self.direction, self.weight).norm().clamp_min(1e-12))
 
     def _circular(self, x: Tensor, kernel: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (self.padding,) * 4, mode="circular"), kernel)

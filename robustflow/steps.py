@@ -161,8 +161,10 @@ class EulerStep(Step):
         super().__init__(field, "explicit-euler", step_size, interval=interval, learned=learned, keep=keep)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and type(self.field) is GradientField and type(self.field.operator) is PatchConvolution:
-            return self._on_patches(x, self.field, self.field.operator)
+        if self.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            field = self.field
+            if type(field) is GradientField and type(field.operator) is PatchConvolution:  # and no subclass
+                return self._on_patches(x, field, field.operator)
         # Not through `method`, an attribute: the Lipschitz rule of this class is about this formula.
         return explicit_euler(self.field, x, self.step_size)
 

@@ -22,6 +22,7 @@ from robustflow import bench, environment
 from robustflow.config import Experiment, ModelConfig
 from robustflow.data import ImageSet
 from robustflow.errors import UserError
+from robustflow.starting_point import find_start
 
 EVERY = 0.2  # seconds between a worker's messages of its progress
 
@@ -77,6 +78,8 @@ def train_grid(
             worker died twice on one training; Ray is missing.
     """
     chosen = bench.chosen_models(experiment, only)
+    if executor == "ray":  # whose workers have a working directory and an environment of their own
+        chosen = [_located(config) for config in chosen]
     pieces = [
         Piece(config, seed, (out / "models" / config.name).resolve())
         for seed, out in folders.items()
@@ -114,6 +117,14 @@ def train_grid(
     if failed:
         lines = "; ".join(f"{pieces[number].name}: {failed[number]}" for number in sorted(failed))
         raise UserError(f"{len(failed)} of {len(pieces)} trainings failed: {lines}")
+
+
+def _located(config: ModelConfig) -> ModelConfig:
+    """The config with the directory, not the name, of what its training starts from."""
+    start = find_start(config)
+    if start is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"start": str(start.folder.resolve())})})
 
 
 def _train(shared: Shared, piece: Piece, tick: Tick) -> str | None:

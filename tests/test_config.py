@@ -199,3 +199,13 @@ def test_the_configs_of_the_issue_are_there() -> None:
     raw = tomllib.loads(config.find("cifar10/paper").read_text(encoding="utf-8"))
     assert "8/255" in raw["evaluate"]["epsilons"]
     assert config.read("cifar10/paper").dataset in data.DATASETS
+
+
+@pytest.mark.parametrize("table", ["momentum = 0.0", "optimizer = 'nadam'"])
+def test_nesterov_without_momentum_is_one_line(table: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = config.list_configs()["cifar10/resnet"].read_text(encoding="utf-8")
+    text = text.replace('optimizer = "sgd"', "") if "optimizer" in table else text
+    path.write_text(text.replace("nesterov = true", f"nesterov = true\n{table}"))
+    with pytest.raises(UserError, match=r"nesterov.*needs optimizer = 'sgd' and a momentum above 0"):
+        config.read(path)

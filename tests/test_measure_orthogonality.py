@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustflow import bench, cli, data
 from robustflow.image_task import ImageTask
-from robustflow.measurements import orthogonality
+from robustflow.measurements import orthogonality, training_pages
 from robustflow.measurements.orthogonality import WAYS, Trainee, Way
 
 DIGITS = data.load("digits")
@@ -93,7 +93,7 @@ def test_the_page_has_every_way_and_its_best_run(tmp_path: Path) -> None:
     assert all(0 <= row["certified_interval"][0] <= row["certified"] <= row["clean"] <= 1 for row in part["learning"])
     assert all(row["defect"] < 1e-2 and row["seconds"] > 0 for row in part["cost"])
     page = (out / "table.md").read_text()
-    for row in orthogonality.best(part):
+    for row in training_pages.best_runs(part):
         assert f"| {row['way']} |" in page
         assert f"{100 * row['certified']:.1f} (" in page
     assert (out / "plots" / "orthogonality.png").stat().st_size > 5000
@@ -101,4 +101,4 @@ def test_the_page_has_every_way_and_its_best_run(tmp_path: Path) -> None:
 
 def test_the_best_run_of_a_way_is_the_one_with_most_certified() -> None:
     rows = [{"way": "a", "certified": 0.1}, {"way": "b", "certified": 0.3}, {"way": "a", "certified": 0.2}]
-    assert [row["certified"] for row in orthogonality.best({"learning": rows})] == [0.2, 0.3]
+    assert [row["certified"] for row in training_pages.best_runs({"learning": rows})] == [0.2, 0.3]

@@ -115,8 +115,8 @@ FAMILIES = {
                 "orthogonality": Part(
                     "Ways to keep kernels orthonormal",
                     orthogonality.orthogonality,
-                    orthogonality.section,
-                    {"orthogonality": orthogonality.draw},
+                    training_pages.orthogonality,
+                    {"orthogonality": training_pages.draw_orthogonality},
                     uses_data=True,
                 ),
             },

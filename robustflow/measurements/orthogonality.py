@@ -3,7 +3,7 @@
 | way | the kernel W | what is trained |
 |---|---|---|
 | momentum | moved along orthogonalised momentum, then one polar iteration (what `robustflow train` does) | W |
-| projection | moved by Adam, then the nearest orthonormal matrix, by a singular value decomposition | W |
+| projection | moved by Adam, then the nearest orthonormal matrix, by a singular value decomposition in float64 | W |
 | cholesky | L⁻¹V with LLᵀ = VVᵀ | V |
 | cayley | the first rows of (I − A)(I + A)⁻¹, A = V − Vᵀ | V, square |
 | exponential | the first rows of exp(V − Vᵀ) | V, square |
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
@@ -29,14 +28,14 @@ from robustflow import bench, data
 from robustflow.certificates import certify
 from robustflow.config import ModelConfig, TrainConfig, from_dict
 from robustflow.data import ImageSet
+from robustflow.errors import UserError
 from robustflow.image_task import ImageTask
-from robustflow.measurements.family import Record, Request, markdown_table, percent
+from robustflow.measurements.family import Record, Request
 from robustflow.memory import keep_freed_memory
 from robustflow.networks import Classifier, Constrained
 from robustflow.operators import PatchConvolution
 from robustflow.optimizers import Muon, build_optimizers, schedule
 from robustflow.statistics import Rate
-from robustflow.style import WIDTH, colour
 from robustflow.training import generator
 
 SIZES, REPEATS = (256, 512, 768), 3
@@ -93,7 +92,7 @@ WAYS = (
 
 
 def _start(way: Way, weight: Tensor) -> nn.Parameter:
-    """Where training begins: for maps of square matrices near 0, which is the identity; else with the kernel."""
+    """Where training begins: of maps of square matrices a random rotation (‖V − Vᵀ‖ is about √2), else the kernel."""
     size = max(weight.shape)
     square = torch.randn(size, size, dtype=weight.dtype) * (0.5 / size**0.5)
     return nn.Parameter(square if way.square else weight.detach().clone())
@@ -228,68 +227,14 @@ def _subject(rate: float, images: ImageSet) -> ModelConfig:
 
 
 def orthogonality(request: Request) -> Record:
+    try:
+        images = data.load(DATASET, request.data)
+    except UserError as error:
+        return {"missing": str(error)}
     keep_freed_memory()
-    images = data.load(DATASET, request.data)
     costs = [cost(size, way) for size, way in itertools.product(SIZES, WAYS)]
     runs = [(way, rate) for way in WAYS for rate in way.rates()]
     bar = tqdm(runs, desc="orthogonality", unit="training", disable=None)
     learned = [learn(way, rate, images) for way, rate in bar]
     settings = {"dataset": DATASET, "channels": CHANNELS, "batch": BATCH, "train_seconds": SECONDS, "epsilon": EPSILON}
     return {"settings": settings, "cost": costs, "learning": learned}
-
-
-def best(part: Record) -> list[Record]:
-    """Of every way the run with the most certified images."""
-    rows = part["learning"]
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    return [max((row for row in rows if row["way"] == way), key=lambda row: row["certified"]) for way in ways]
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
-def section(part: Record) -> str:
-    sizes = list(dict.fromkeys(row["size"] for row in part["cost"]))
-    times = {(row["way"], row["size"]): row for row in part["cost"]}
-    settings = part["settings"]
-    rows = []
-    for row in best(part):
-        costs = [f"{1000 * times[row['way'], size]['seconds']:.1f} ms" for size in sizes]
-        defect = max(times[row["way"], size]["defect"] for size in sizes)
-        shares = [percent([row[key], *row[f"{key}_interval"]]) for key in ("clean", "certified")]
-        rows.append([row["way"], *costs, f"{defect:.0e}", f"{row['rate']:g}", f"{row['steps']}", *shares])
-    header = ["way", *(f"update, {size}²" for size in sizes), "‖WWᵀ − I‖", "rate", "steps", "clean", "36/255"]
-    return (
-        "An update of one square kernel, beside the layer's own products: through the parametrisation and back, "
-        "optimizer, return to the constraint. Then one small network (blocks of "
-        f"{' and '.join(str(width) for width in settings['channels'])} channels, float32) trained in each way for the "
-        f"same {settings['train_seconds']:.0f} seconds, schedule included, one seed; the best of three learning rates, "
-        f"chosen on the same {best(part)[0]['n']} validation images of {settings['dataset']} that are shown, certified "
-        "accuracy in percent with 95 % Wilson intervals. Before it is certified, every kernel is projected exactly.\n\n"
-    ) + markdown_table(header, rows)
-
-
-def draw(part: Record) -> Figure:
-    """Cost of an update against the size of the kernel; what the same seconds learned."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rows = best(part)
-    for place, row in enumerate(rows):
-        points = [cost for cost in part["cost"] if cost["way"] == row["way"]]
-        left.plot(
-            [point["size"] for point in points],
-            [1000 * point["seconds"] for point in points],
-            marker="o",
-            color=colour(place),
-            label=row["way"],
-        )
-    left.set(yscale="log", xlabel="size of the kernel", ylabel="milliseconds of an update", title="Cost of an update")
-    left.set_xticks([point["size"] for point in points])
-    for place, row in enumerate(rows):
-        low, high = row["certified_interval"]
-        value = 100 * row["certified"]
-        right.barh(row["way"], value, color=colour(place), height=0.6, xerr=[[value - 100 * low], [100 * high - value]])
-        right.annotate(f"{row['steps']} steps", (1, place), va="center", fontsize=8, color="white")
-    right.invert_yaxis()
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="certified at 36/255, percent", title="What the same seconds learn")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(rows))
-    return figure

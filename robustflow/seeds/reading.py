@@ -14,8 +14,8 @@ from robustflow.records import Card, EvaluationCard
 from robustflow.results import Benchmark, Verdicts, place, read_benchmark
 
 SEED = re.compile(r"seed-(0|[1-9]\d*)")
-# How often a checkpoint is written decides nothing.
-FREE = frozenset({"config.train.checkpoint_seconds"})
+# How often a checkpoint is written decides nothing; where training began does, but by its weights, not their path.
+FREE = frozenset({"config.train.checkpoint_seconds", "config.train.start"})
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def read_seeds(folders: dict[int, Path]) -> Seeds:
 def _decisive(card: Card) -> dict[str, Any]:
     keys = ("regime", "parameters", "multiply_adds", "config")
     data = {key: card.data[key] for key in ("dataset", "sha256") if key in card.data}
-    return {key: getattr(card, key) for key in keys} | {"data": data}
+    start = (card.model_extra or {}).get("start")
+    began = {"start": {"sha256": start.get("sha256")}} if isinstance(start, dict) else {}
+    return {key: getattr(card, key) for key in keys} | {"data": data} | began
 
 
 def _evaluations(benchmarks: dict[int, Benchmark], folders: dict[int, Path]) -> list[SeedEvaluation]:

@@ -26,7 +26,7 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     True
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    # The momentum of a unit that is never active decays to denormal numbers, whose products take a CPU a hundred times
+    # The momentum of a unit that is never active decays to denormal numbers, whose products take a CPU many times
     # as long. What is below 1e-7 of the whole changes nothing else.
     x = F.hardshrink(x / x.norm().clamp_min(1e-7), 1e-7).to(dtype)
     a, b, c = _QUINTIC

@@ -15,8 +15,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
     """Tell glibc's malloc to hold on to what is freed, or no longer to. Returns whether there was one that listened.
 
     By default every tensor above some megabytes is mapped when it is made and unmapped when it is freed, and the next
-    one faults its pages in again, zeroed by the kernel, 4 kB at a time: a sixth of the time of a training step on a
-    CPU. The process then keeps its largest size until it ends. Other C libraries are left as they are.
+    one faults its pages in again, zeroed by the kernel, 4 kB at a time. The process then keeps its largest size until
+    it ends. Other C libraries are left as they are.
 
     >>> isinstance(keep_freed_memory(), bool)
     True

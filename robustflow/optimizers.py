@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     """Steps along orthogonalised momentum: M ← βM + (1 − β)G, W ← W − lr·√max(1, rows/columns)·UVᵀ of (1 − β)G + βM.
 
     What `torch.optim.Muon` does without weight decay, but Newton–Schulz may run in float32: that one always runs it in
-    bfloat16, which halves its speed on a CPU without AMX (results/cifar10/NOTES.md).
+    bfloat16, the slower of the two on a CPU without AMX.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, dtype: torch.dtype) -> None:

@@ -169,7 +169,7 @@ class EulerStep(Step):
         return explicit_euler(self.field, x, self.step_size)
 
     def _on_patches(self, x: Tensor, field: GradientField, operator: PatchConvolution) -> Tensor:
-        """The same formula, in half the time: for training alone."""
+        """The same formula in one pass: for training alone."""
         return patch_gradient_step(
             x,
             operator.matrix(),

@@ -102,3 +102,14 @@ def test_the_page_has_every_way_and_its_best_run(tmp_path: Path) -> None:
 def test_the_best_run_of_a_way_is_the_one_with_most_certified() -> None:
     rows = [{"way": "a", "certified": 0.1}, {"way": "b", "certified": 0.3}, {"way": "a", "certified": 0.2}]
     assert [row["certified"] for row in training_pages.best_runs({"learning": rows})] == [0.2, 0.3]
+
+
+def test_a_wrong_data_directory_is_one_line_and_what_was_measured_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(orthogonality, "DATASET", "cifar10")
+    (tmp_path / "orthogonality.json").write_text("kept")
+    words = ["measure", "training", "--out", str(tmp_path), "--only", "orthogonality", "--data", str(tmp_path / "no")]
+    assert cli.main(words) == 2
+    assert f"data directory {tmp_path / 'no'} does not exist" in capsys.readouterr().err
+    assert (tmp_path / "orthogonality.json").read_text() == "kept"

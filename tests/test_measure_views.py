@@ -70,6 +70,12 @@ def test_the_page_has_every_certified_model(
     assert (target / "plots" / "views.png").stat().st_size > 5000
 
 
-def test_without_models_it_says_what_it_needs(tmp_path: Path) -> None:
-    assert cli.main(["measure", "certificates", "--out", str(tmp_path / "m"), "--only", "views"]) == 0
-    assert "it needs trained models (`--bench DIR`)" in (tmp_path / "m" / "table.md").read_text()
+def test_without_models_it_is_one_line_and_the_page_that_is_there_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / "views.json").write_text("kept")
+    assert cli.main(["measure", "certificates", "--out", str(out), "--only", "views"]) == 2
+    assert "views measures trained models: name their directory with --bench" in capsys.readouterr().err
+    assert (out / "views.json").read_text() == "kept"

@@ -56,6 +56,7 @@ FAMILIES = {
                     views.section,
                     {"views": views.draw},
                     uses_benchmark=True,
+                    needs_benchmark=True,
                 ),
                 "campaign": Part(
                     "Attempts to falsify",

@@ -45,6 +45,7 @@ class Part:
     section: Callable[[Record], str]
     figures: Mapping[str, Callable[[Record], Figure]]  # by file name, without its .png
     uses_benchmark: bool = False
+    needs_benchmark: bool = False  # left out without one, refused if asked for by name
     uses_data: bool = False
 
 
@@ -61,7 +62,7 @@ def measure(family: Family, request: Request, only: Sequence[str] | None = None)
     """Measure what is missing, or exactly the parts ``only``; returns the table.
 
     Raises:
-        UserError: an unknown part, or a directory that cannot be written.
+        UserError: an unknown part, one without the models that it needs, or a directory that cannot be written.
     """
     for name in only or ():
         if name not in family.parts:
@@ -73,7 +74,12 @@ def measure(family: Family, request: Request, only: Sequence[str] | None = None)
     results: dict[str, Record] = {}
     for name, part in family.parts.items():
         path = request.out / f"{name}.json"
-        if (name in only) if only else not path.exists():
+        wanted = (name in only) if only else not path.exists()
+        if wanted and part.needs_benchmark and request.benchmark is None:
+            if only:
+                raise UserError(f"{name} measures trained models: name their directory with --bench")
+            wanted = False
+        if wanted:
             started = time.perf_counter()
             found = part.measure(request)
             record = {"schema_version": SCHEMA, "part": name, "command": _command(family, request, name)} | found

@@ -28,7 +28,6 @@ from robustflow import bench, data
 from robustflow.certificates import certify
 from robustflow.config import ModelConfig, TrainConfig, from_dict
 from robustflow.data import ImageSet
-from robustflow.errors import UserError
 from robustflow.image_task import ImageTask
 from robustflow.measurements.family import Record, Request
 from robustflow.memory import keep_freed_memory
@@ -227,10 +226,7 @@ def _subject(rate: float, images: ImageSet) -> ModelConfig:
 
 
 def orthogonality(request: Request) -> Record:
-    try:
-        images = data.load(DATASET, request.data)
-    except UserError as error:
-        return {"missing": str(error)}
+    images = data.load(DATASET, request.data)
     keep_freed_memory()
     costs = [cost(size, way) for size, way in itertools.product(SIZES, WAYS)]
     runs = [(way, rate) for way in WAYS for rate in way.rates()]

@@ -88,8 +88,6 @@ def best_runs(part: Record) -> list[Record]:
 
 
 def orthogonality(part: Record) -> str:
-    if "missing" in part:
-        return f"Not measured: {part['missing']}."
     sizes = list(dict.fromkeys(row["size"] for row in part["cost"]))
     times = {(row["way"], row["size"]): row for row in part["cost"]}
     settings = part["settings"]
@@ -113,8 +111,6 @@ def orthogonality(part: Record) -> str:
 def draw_orthogonality(part: Record) -> Figure:
     """Cost of an update against the size of the kernel; what the same seconds learned."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    if "missing" in part:
-        return figure
     left, right = figure.subplots(1, 2)
     rows = best_runs(part)
     for place, row in enumerate(rows):

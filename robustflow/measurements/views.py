@@ -14,6 +14,7 @@ from torch import Tensor
 from robustflow import bench
 from robustflow.bounds import account
 from robustflow.certificates import float64_features
+from robustflow.errors import UserError
 from robustflow.measurements.family import Record, Request, markdown_table, percent
 from robustflow.networks import Classifier, Normalize
 from robustflow.regimes import REGIMES
@@ -68,8 +69,7 @@ def radii(
 
 def views(request: Request) -> Record:
     """Of every constrained model of a benchmark directory with weights, on its first validation images."""
-    if request.benchmark is None:
-        return {"rows": []}
+    assert request.benchmark is not None
     experiment, _ = bench.read_directory(request.benchmark)
     images = bench.load_data(experiment, request.data)
     validation = images.splits["validation"].head(IMAGES)
@@ -93,12 +93,12 @@ def views(request: Request) -> Record:
                     "certified": [[rate.value, rate.low, rate.high] for rate in rates],
                 }
             )
+    if not rows:
+        raise UserError(f"{request.benchmark} has no constrained model with weights")
     return {"dataset": experiment.dataset, "rows": rows}
 
 
 def section(part: Record) -> str:
-    if not part["rows"]:
-        return "Not measured: it needs trained models (`--bench DIR`)."
     rows = [
         [row["model"], row["views"], f"{row['count']}", *(percent(rate) for rate in row["certified"])]
         for row in part["rows"]
@@ -120,6 +120,5 @@ def draw(part: Record) -> Figure:
         ax.plot(row["epsilons"], middle, marker="o", color=colour(place), label=f"{row['model']}: {row['views']}")
         ax.fill_between(row["epsilons"], low, high, color=colour(place), alpha=0.12, linewidth=0)
     ax.set(xlabel="ε (L2, pixels in [0, 1])", ylabel="certified, percent", ylim=(0, 100))
-    if part["rows"]:
-        ax.legend()
+    ax.legend()
     return figure

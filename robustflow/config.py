@@ -47,6 +47,7 @@ class NetworkConfig(Strict):
     lift: Literal["convolution", "patch"] = "convolution"
     dense: int = Field(0, ge=0)
     dense_layers: int = Field(0, ge=0)
+    hidden_ratio: float = Field(1.0, gt=0, le=1, description="hidden units of a step for every dimension it acts on")
     mirror: bool = False
     normalize: Literal["none", "center", "standardize"] = "center"
 

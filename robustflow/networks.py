@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustflow.baselines import resnet_features
+from robustflow.block_shape import BlockShape
 from robustflow.errors import UserError
 from robustflow.operators import Convolution, PatchConvolution, UnitRowLinear
-from robustflow.regimes import REGIMES, BlockShape, balance_signed_steps_
+from robustflow.regimes import ANY_HIDDEN, REGIMES, balance_signed_steps_
 from robustflow.steps import EulerStep
 
 RESNET = "resnet"
@@ -109,6 +110,7 @@ def create_model(
     lift: str = "convolution",
     dense: int = 0,
     dense_layers: int = 0,
+    hidden_ratio: float = 1.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     mirror: bool = False,
@@ -126,6 +128,9 @@ def create_model(
             patches) wherever the regime leaves the choice.
         dense: features of an orthonormal projection of the whole last image; 0 flattens it instead.
         dense_layers: dynamical layers after that projection.
+        hidden_ratio: hidden units of a step x − h Aᵀσ(Ax + b), the rows of A, for every dimension of x, in (0, 1]. At
+            h = 2 each hidden unit folds a dimension: ½ is what MaxMin does after an orthogonal layer. Only for regimes
+            that can do with ‖A‖ ≤ 1; the others need AᵀA = I.
         mean, std: input normalisation, one number a channel (default 0 and 1). Dividing by std multiplies the
             Lipschitz constant by 1/min(std).
         mirror: average over mirror images in evaluation.
@@ -145,6 +150,12 @@ def create_model(
         raise UserError("dense_layers needs dense, the number of features that they work on")
     if any(given is not None and len(given) != input_shape[0] for given in (mean, std)) or min(std or (1.0,)) <= 0:
         raise UserError(f"mean and std need {input_shape[0]} numbers each, one a channel, std above 0")
+    if not 0 < hidden_ratio <= 1:
+        raise UserError(f"hidden_ratio must be in (0, 1], not {hidden_ratio:g}")
+    if hidden_ratio != 1 and regime not in ANY_HIDDEN:
+        raise UserError(
+            f"hidden_ratio is for {', '.join(sorted(ANY_HIDDEN))}, not for {regime}: leave it out, or set it per model"
+        )
     mean = mean if mean is not None else (0.0,) * input_shape[0]
     std = std if std is not None else (1.0,) * input_shape[0]
     normalize = Normalize(mean, std)
@@ -170,18 +181,18 @@ def create_model(
         half = (size[0] // 2, size[1] // 2)
         if lift == "convolution":
             stages += [Convolution(before, after, kernel_size, image_size=size if constrained else None), nn.ReLU()]
-            stages += _steps(regime, BlockShape(after, size, kernel, kernel_size, patch), layers)
+            stages += _steps(regime, BlockShape(after, size, kernel, kernel_size, patch, hidden_ratio), layers)
             stages.append(nn.MaxPool2d(2))
         else:
             stages.append(PatchConvolution(before, after, 2))
-            stages += _steps(regime, BlockShape(after, half, kernel, kernel_size, patch), layers)
+            stages += _steps(regime, BlockShape(after, half, kernel, kernel_size, patch, hidden_ratio), layers)
         size = half
     width = channels[-1] * size[0] * size[1]
     if dense:
         if size[0] != size[1]:
             raise UserError(f"a dense part needs a square last image, not {size[0]}×{size[1]}")
         stages.append(PatchConvolution(channels[-1], dense, size[0]))
-        stages += _steps(regime, BlockShape(dense, (1, 1), "patch", patch=1), dense_layers)
+        stages += _steps(regime, BlockShape(dense, (1, 1), "patch", patch=1, hidden_ratio=hidden_ratio), dense_layers)
         width = dense
     stages.append(nn.Flatten())
     head = UnitRowLinear(width, classes) if constrained else nn.Linear(width, classes)

@@ -122,7 +122,7 @@ def _sll(module: SLLStep, shape: Shape, name: str) -> list[LayerBound]:
 @torch.no_grad()
 def _(module: SLLStep, shape: Shape, constant: float) -> Rounding:
     kernel, bias, error = _sll_map(module)
-    operator = Convolution(module.channels, module.channels, kernel.shape[-1])
+    operator = Convolution(module.channels, len(kernel), kernel.shape[-1])
     field = GradientField(operator, slope=0.0, sign=-1)
     same = EulerStep(field, 2.0).double().requires_grad_(False)
     operator.weight.copy_(kernel)

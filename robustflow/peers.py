@@ -111,14 +111,16 @@ class SLLStep(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3) -> None:
+    def __init__(self, channels: int, kernel_size: int = 3, hidden: int | None = None) -> None:
+        """``hidden`` units a pixel: as many as channels where it is not said."""
         super().__init__()
         _check_kernel_size(kernel_size)
         self.channels, self.padding = channels, kernel_size // 2
-        self.weight = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size))
+        hidden = channels if hidden is None else hidden
+        self.weight = nn.Parameter(torch.empty(hidden, channels, kernel_size, kernel_size))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.log_q = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.log_q = nn.Parameter(torch.zeros(hidden))
 
     def _kernel(self) -> tuple[Tensor, Tensor]:
         """T^{−1/2}K and T^{−1/2}b, what is applied."""

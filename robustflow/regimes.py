@@ -29,9 +29,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from robustflow.block_shape import BlockShape
 from robustflow.errors import UserError
-from robustflow.fields import GradientField, Operator, TwoKernelField
-from robustflow.operators import Convolution, PatchConvolution
+from robustflow.fields import GradientField, TwoKernelField
+from robustflow.operators import PatchConvolution
 from robustflow.peers import AOLConvolution, CayleyConvolution, MaxMin, SLLStep
 from robustflow.steps import AveragedStep, EulerStep
 
@@ -172,42 +173,6 @@ class Regime:
     balanced: bool = False
 
 
-@dataclass(frozen=True)
-class BlockShape:
-    """What the layers of one block have in common."""
-
-    channels: int
-    image_size: tuple[int, int]
-    kernel: str
-    kernel_size: int = 3
-    patch: int = 2
-
-    def spectral(self, index: int) -> Operator:
-        """A kernel of norm 1: a convolution, or (orthonormal) patches where the network is built from patches."""
-        if self.kernel == "convolution":
-            return Convolution(self.channels, self.channels, self.kernel_size, image_size=self.image_size)
-        return self.orthonormal(index)
-
-    def orthonormal(self, index: int) -> PatchConvolution:
-        """An orthogonal matrix on patches; every other layer works on a grid shifted by half a patch."""
-        patch = self.patch
-        if self.image_size[0] % patch or self.image_size[1] % patch:
-            raise UserError(
-                f"{self.image_size[0]}×{self.image_size[1]} images cannot be cut into {patch}×{patch} patches: "
-                "choose another patch size or fewer blocks"
-            )
-        shift = 0 if self.image_size == (patch, patch) else (index % 2) * (patch // 2)
-        return PatchConvolution(self.channels, self.channels * patch * patch, patch, shift)
-
-    @property
-    def reach(self) -> int:
-        """The size of a zero-padded or circular kernel: on a single pixel, the matrix in its middle is all there is."""
-        return 1 if self.image_size == (1, 1) else self.kernel_size
-
-    def free(self) -> Operator:
-        return Convolution(self.channels, self.channels, self.kernel_size)
-
-
 def _unconstrained(shape: BlockShape, index: int) -> nn.Module:
     inner, outer = shape.free(), shape.free()
     # Starts close to the identity, as residual networks without normalisation must.
@@ -258,12 +223,11 @@ def _flexible(shape: BlockShape, index: int) -> nn.Module:
 
 
 def _cpl(shape: BlockShape, index: int) -> nn.Module:
-    operator = Convolution(shape.channels, shape.channels, shape.reach, image_size=shape.image_size)
-    return EulerStep(GradientField(operator, slope=0.0, sign=-1), 2.0, learned=False)
+    return EulerStep(GradientField(shape.convolution(shape.reach), slope=0.0, sign=-1), 2.0, learned=False)
 
 
 def _sll(shape: BlockShape, index: int) -> nn.Module:
-    return SLLStep(shape.channels, shape.reach)
+    return SLLStep(shape.channels, shape.reach, shape.hidden(shape.channels))
 
 
 def _aol(shape: BlockShape, index: int) -> nn.Module:
@@ -296,3 +260,6 @@ REGIMES: dict[str, Regime] = {
         Regime("cayley", "peer: Cayley-orthogonal convolutions and MaxMin (Trockman & Kolter 2021)", True, 1, _cayley),
     )
 }
+
+# Their steps may have fewer hidden units than dimensions. The others need AᵀA = I, or have no hidden units.
+ANY_HIDDEN = frozenset({"naive", "nonexpansive", "cpl", "sll"})

@@ -16,7 +16,7 @@ from robustflow.errors import UserError
 from robustflow.networks import RESNET, Classifier, Normalize, multiply_adds, parameter_count
 from robustflow.operators import Convolution, PatchConvolution
 from robustflow.peers import AOLConvolution, CayleyConvolution, SLLStep
-from robustflow.regimes import REGIMES
+from robustflow.regimes import ANY_HIDDEN, REGIMES
 
 PAPER_FIVE = ("unconstrained", "naive", "nonexpansive", "prescribed", "flexible")
 
@@ -125,6 +125,9 @@ def test_multiply_adds_by_hand() -> None:
 def test_multiply_adds_of_every_regime(regime: str) -> None:
     model = create_model(regime, input_shape=(3, 8, 8), channels=(2, 4), layers=2)
     assert multiply_adds(model) == counted(model, (3, 8, 8))
+    if regime in ANY_HIDDEN:
+        half = create_model(regime, input_shape=(3, 8, 8), channels=(2, 4), layers=2, hidden_ratio=0.5)
+        assert multiply_adds(half) == counted(half, (3, 8, 8)) < multiply_adds(model)
 
 
 def test_parameters_at_the_paper_s_size_by_hand() -> None:
@@ -153,11 +156,12 @@ def test_parameters_at_the_paper_s_size_by_hand() -> None:
     colours=st.sampled_from([1, 3]),
     classes=st.integers(2, 5),
     mirror=st.booleans(),
+    ratio=st.sampled_from([1.0, 0.5, 0.3, 0.01]),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_size_that_fits(
     regime: str, blocks: list[int], layers: int, kernel: str, lift: str, kernel_size: int, dense: int,
-    size: tuple[int, int], colours: int, classes: int, mirror: bool,
+    size: tuple[int, int], colours: int, classes: int, mirror: bool, ratio: float,
 ) -> None:  # fmt: skip
     free = regime in ("unconstrained", RESNET)
     if free:
@@ -168,6 +172,7 @@ def test_any_size_that_fits(
     model = create_model(
         regime, input_shape=(colours, *size), classes=classes, channels=blocks, layers=layers, kernel=kernel, lift=lift,
         kernel_size=kernel_size, dense=dense, dense_layers=2 if dense else 0, mirror=mirror,
+        hidden_ratio=ratio if regime in ANY_HIDDEN else 1.0,
     ).eval()  # fmt: skip
     with torch.no_grad():
         logits = model(torch.rand(3, colours, *size))
@@ -193,6 +198,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("aol", {"channels": (3,)}, "even, not 3"),
     ("cayley", {"dense": 5, "dense_layers": 2}, "even, not 5"),
     ("sll", {"kernel_size": 2}, "odd"),
+    ("sharp", {"hidden_ratio": 0.5}, "for cpl, naive, nonexpansive, sll, not for sharp: leave it out"),
+    (RESNET, {"hidden_ratio": 0.5}, "not for resnet"),
+    ("nonexpansive", {"hidden_ratio": 0.0}, r"in \(0, 1\], not 0"),
+    ("nonexpansive", {"hidden_ratio": 1.5}, r"in \(0, 1\], not 1.5"),
     (RESNET, {"channels": (2, 2, 2, 2, 2)}, "too many"),
 ]
 

@@ -62,7 +62,7 @@ def check_aol() -> None:
 def check_sll() -> None:
     """Jacobians of the step; and I − 2WᵀT⁻¹W, the largest that it can be, from dense matrices."""
     for seed, size in enumerate(SIZES):
-        for made in (SLLStep(4), SLLStep(2, 5), SLLStep(6, 1)):
+        for made in (SLLStep(4), SLLStep(2, 5), SLLStep(6, 1), SLLStep(4, 3, 2), SLLStep(2, 1, 3)):
             layer = shaken(made, seed)
             shape = (made.channels, *size)
             (bound,) = layer_bounds(layer, shape, "x")

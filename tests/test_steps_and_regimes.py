@@ -17,6 +17,7 @@ from robustflow.fields import GradientField, TwoKernelField, leaky_relu
 from robustflow.networks import Classifier
 from robustflow.operators import PatchConvolution
 from robustflow.regimes import (
+    ANY_HIDDEN,
     REGIMES,
     Pair,
     SharedKernelPair,
@@ -30,13 +31,17 @@ from robustflow.steps import AveragedStep, EulerStep
 CONSTRAINED = [name for name, regime in REGIMES.items() if regime.constrained]
 CASES = [(name, kernel) for name in CONSTRAINED for kernel in ("convolution", "patch")]
 CASES.append(("unconstrained", "convolution"))
+CASES += [(f"{name}, half", kernel) for name in sorted(ANY_HIDDEN) for kernel in ("convolution", "patch")]
 
 
 def small(regime: str, kernel: str, *, seed: int = 0, size: int = 8, layers: int = 4) -> Classifier:
+    """``regime``: its name; with ", half" there are half as many hidden units as dimensions."""
     torch.manual_seed(seed)
+    name, _, half = regime.partition(", ")
     return create_model(
-        regime, input_shape=(1, size, size), classes=3, channels=(2, 4), layers=layers, kernel=kernel, lift=kernel
-    )
+        name, input_shape=(1, size, size), classes=3, channels=(4, 8) if half else (2, 4), layers=layers, kernel=kernel,
+        lift=kernel, hidden_ratio=0.5 if half else 1.0,
+    )  # fmt: skip
 
 
 def shaken(regime: str, kernel: str, seed: int, *, scale: float = 0.5) -> Classifier:
@@ -230,7 +235,7 @@ def test_gradients_reach_every_parameter(regime: str, kernel: str) -> None:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert bool(fixed) == (regime in ("prescribed", "unconstrained", "cpl"))
+    assert bool(fixed) == (regime.partition(", ")[0] in ("prescribed", "unconstrained", "cpl"))
     assert all(name.endswith("step_size") for name in fixed)
 
 
@@ -244,6 +249,18 @@ def test_saved_and_loaded_it_is_the_same_network(regime: str, kernel: str, tmp_p
     checkpoints.load_weights(other, tmp_path / "model.safetensors")
     assert torch.equal(model(x), other(x))
     assert account(other, (1, 8, 8)).lipschitz == account(model, (1, 8, 8)).lipschitz
+
+
+def test_half_as_many_hidden_units_can_sort_pairs_as_maxmin_does() -> None:
+    """x − 2 Aᵀ ReLU(Ax) with rows (e₁ − e₂)/√2, (e₃ − e₄)/√2: (x₁, x₂) is put in ascending order, and (x₃, x₄)."""
+    model = create_model("nonexpansive", input_shape=(1, 2, 2), channels=(4,), layers=1, lift="patch", kernel="patch",
+                         patch=1, hidden_ratio=0.5).double()  # fmt: skip
+    step = next(module for module in model.modules() if isinstance(module, EulerStep))
+    assert step.field.operator.weight.shape == (2, 4)
+    with torch.no_grad():
+        step.field.operator.weight.copy_(torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]]) / math.sqrt(2))
+    x = torch.randn(50, 4, 1, 1).double()
+    torch.testing.assert_close(step(x).view(50, 2, 2), x.view(50, 2, 2).sort(2).values)
 
 
 def test_steps_and_fields_by_hand() -> None:

@@ -203,13 +203,23 @@ def search_path() -> list[Path]:
     return [Path("results"), Path("runs"), *(Path(part).expanduser() for part in more.split(os.pathsep) if part)]
 
 
-def list_trained() -> dict[str, Path]:
-    """OUT/NAME → directory, of every trained model on the `search_path`; the earlier directory has a name first."""
+def _with_card() -> dict[str, Path]:
+    """As `list_trained`, those whose weights are not there included."""
     found: dict[str, Path] = {}
     for root in search_path():
-        for card in sorted(root.glob(f"*/models/*/{CARD}")):
-            found.setdefault(f"{card.parents[2].name}/{card.parent.name}", card.parent)
+        for pattern in (f"*/models/*/{CARD}", f"*/seed-*/models/*/{CARD}"):
+            for card in sorted(root.glob(pattern)):
+                out = card.parents[2].relative_to(root).as_posix()
+                found.setdefault(f"{out}/{card.parent.name}", card.parent)
     return found
+
+
+def list_trained() -> dict[str, Path]:
+    """OUT/NAME, or OUT/seed-N/NAME → directory, of every trained model on the `search_path` whose weights are there.
+
+    The earlier directory has a name first.
+    """
+    return {name: folder for name, folder in _with_card().items() if (folder / WEIGHTS).is_file()}
 
 
 def find_trained(name_or_path: str | Path) -> Path:
@@ -218,7 +228,7 @@ def find_trained(name_or_path: str | Path) -> Path:
     Raises:
         UserError: there is none, or several.
     """
-    named, path = list_trained(), Path(name_or_path)
+    named, path = _with_card(), Path(name_or_path)
     if str(name_or_path) in named:
         return named[str(name_or_path)]
     if os.path.isdir(path):  # False for what no file can be called, where Path.is_dir raises
@@ -231,7 +241,7 @@ def find_trained(name_or_path: str | Path) -> Path:
             raise UserError(f"{path} has {len(inside)} models, choose one: {', '.join(str(one) for one in inside)}")
         raise UserError(f"{path} holds no trained model: neither {CARD} nor models/*/{CARD}")
     shown = repr(str(name_or_path)) if len(str(name_or_path)) <= 80 else f"{str(name_or_path)[:77]!r}..."
-    there = ", ".join(named) or "none in " + ", ".join(str(root) for root in search_path())
+    there = ", ".join(list_trained()) or "none in " + ", ".join(str(root) for root in search_path())
     raise UserError(f"no trained model {shown}: neither a directory nor one of the names that there are ({there})")
 
 

@@ -192,6 +192,22 @@ def test_names_and_paths(make_trained: Make, tmp_path: Path, monkeypatch: pytest
         robustflow.load_model("runs")
 
 
+def test_a_seed_has_a_name_and_what_has_no_weights_is_not_listed(
+    make_trained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(models.ENVIRONMENT_VARIABLE, raising=False)
+    for seed in (0, 1):
+        make_trained(tmp_path / "runs" / "a" / f"seed-{seed}")
+    (tmp_path / "runs/a/seed-1/models/sharp/model.safetensors").unlink()
+    assert list(robustflow.list_trained()) == ["a/seed-0/sharp"]
+    assert robustflow.load_model("a/seed-0/sharp").regime == "sharp"
+    with pytest.raises(UserError, match=r"seed-1.*model\.safetensors is missing"):
+        robustflow.load_model("a/seed-1/sharp")
+    with pytest.raises(UserError, match=r"\(a/seed-0/sharp\)$"):
+        robustflow.load_model("a/seed-2/sharp")
+
+
 def test_the_command_line_lists_describes_and_refuses(
     make_trained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

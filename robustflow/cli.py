@@ -276,7 +276,7 @@ def _attack_lines() -> Iterator[str]:
 def _list(options: argparse.Namespace) -> int:
     sections: dict[str, Callable[[], Iterator[str]]] = {
         "models": lambda: (f"{name:15} {text}" for name, text in networks.list_models().items()),
-        "trained": lambda: (f"{name:30} {path}" for name, path in models.list_trained().items()),
+        "trained": lambda: (f"{name:37} {path}" for name, path in models.list_trained().items()),
         "attacks": _attack_lines,
         "datasets": lambda: (f"{name:15} {text}" for name, text in data.describe().items()),
         "systems": systems.lines,

@@ -129,8 +129,8 @@ def create_model(
         dense: features of an orthonormal projection of the whole last image; 0 flattens it instead.
         dense_layers: dynamical layers after that projection.
         hidden_ratio: hidden units of a step x − h Aᵀσ(Ax + b), the rows of A, for every dimension of x, in (0, 1]. At
-            h = 2 each hidden unit folds a dimension: ½ is what MaxMin does after an orthogonal layer. Only for regimes
-            that can do with ‖A‖ ≤ 1; the others need AᵀA = I.
+            h = 2 each hidden unit folds a dimension: ½ is what MaxMin does after an orthogonal layer. Only for
+            `robustflow.regimes.ANY_HIDDEN`.
         mean, std: input normalisation, one number a channel (default 0 and 1). Dividing by std multiplies the
             Lipschitz constant by 1/min(std).
         mirror: average over mirror images in evaluation.

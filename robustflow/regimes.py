@@ -261,5 +261,6 @@ REGIMES: dict[str, Regime] = {
     )
 }
 
-# Their steps may have fewer hidden units than dimensions. The others need AᵀA = I, or have no hidden units.
+# Their steps may have fewer hidden units than dimensions. Of the others most need AᵀA = I or have no hidden units;
+# shared, whose constant on patches counts on AᵀA = I too (`nominal_constant`), is left as it is.
 ANY_HIDDEN = frozenset({"naive", "nonexpansive", "cpl", "sll"})

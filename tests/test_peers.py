@@ -119,6 +119,13 @@ def test_no_claim_about_a_peer_is_refuted() -> None:
     check_falsifier()
 
 
+@pytest.mark.parametrize("regime", ["cpl", "sll"])
+def test_fewer_hidden_units_are_certified_and_not_refuted(regime: str) -> None:
+    model, x = random_network(regime, 0, hidden_ratio=0.5), torch.rand(4, 2, 8, 8)
+    assert (certify(model, x, model(x).argmax(1)).radii > 0).all()
+    assert not any(found.violated for found in falsify_network(model, x, iterations=8))
+
+
 def test_row_sums_against_a_dense_matrix() -> None:
     """Far from any border, a row of |KᵀK| of a big image, its pixels added up channel by channel."""
     torch.manual_seed(0)

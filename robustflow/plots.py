@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustflow.curves import draw_curves, draw_overview, draw_sets
 from robustflow.gallery import draw_examples
 from robustflow.results import Benchmark, Evaluation
+from robustflow.statistics import Rate
 from robustflow.style import INK, WIDTH, colour, dash, house_style, png, short
 from robustflow.tables import epsilon_label, uncertified
 
@@ -139,6 +142,19 @@ def draw_radii(evaluation: Evaluation, places: dict[str, int], about: str) -> Fi
     return figure
 
 
+def _draw_validation(ax: Axes, log: pd.DataFrame, line: dict[str, Any]) -> None:
+    """A line over the epochs that saw as many images as most did; the others, on their own, with 95 % intervals."""
+    values = log[["epoch", "validation_accuracy", "validation_n"]].dropna().astype(float)
+    if values.empty:
+        return
+    usual = values["validation_n"] == values["validation_n"].mode()[0]
+    ax.plot(values["epoch"][usual], 100 * values["validation_accuracy"][usual], **line)
+    for epoch, accuracy, n in values[~usual].itertuples(index=False):
+        rate = Rate(round(accuracy * n), int(n))
+        ax.plot([epoch] * 2, [100 * rate.low, 100 * rate.high], color=line["color"], lw=1)
+        ax.plot([epoch], [100 * accuracy], "D", color=line["color"], ms=4)
+
+
 def draw_training(benchmark: Benchmark, places: dict[str, int]) -> Figure | None:
     """Loss, training and validation accuracy against the epoch."""
     if not benchmark.logs:
@@ -154,13 +170,13 @@ def draw_training(benchmark: Benchmark, places: dict[str, int]) -> Figure | None
             "marker": "o" if len(log) < 20 else "",
             "ms": 2.5,
         }
-        for ax, column, factor in zip(
-            axes, ("loss", "train_accuracy", "validation_accuracy"), (1, 100, 100), strict=True
-        ):
+        for ax, column, factor in zip(axes, ("loss", "train_accuracy"), (1, 100), strict=False):
             values = log[["epoch", column]].dropna().astype(float)
             ax.plot(values["epoch"], factor * values[column], label=short(name), **line)
-    sizes = {int(n) for log in benchmark.logs.values() for n in log["validation_n"].dropna()}
-    held_out = f", n = {sizes.pop()}" if len(sizes) == 1 else ""
+        _draw_validation(axes[2], log, line)
+    sizes = sorted({int(n) for log in benchmark.logs.values() for n in log["validation_n"].dropna()})
+    # The last epoch is validated on all images, the others often on a part of them: another quantity, another mark.
+    held_out = {1: ", n = {}", 2: ", n = {}, ◆ {}"}.get(len(sizes), "").format(*(f"{size:,}" for size in sizes))
     for ax, title in zip(
         axes, ("training loss", "training accuracy (%)", f"validation accuracy (%){held_out}"), strict=True
     ):

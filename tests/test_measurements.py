@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from robustflow import cli
 from robustflow.bounds import account
+from robustflow.errors import UserError
 from robustflow.measurements import FAMILIES, campaign, digits, kernels, networks, tables
+from robustflow.measurements.family import Family, Part, Request, measure
 from robustflow.networks import RESNET, create_model
 from robustflow.regimes import REGIMES
 
@@ -195,3 +198,20 @@ def test_share_subtracts_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> No
     growth = (networks.IMAGES - networks.SHORT) / (networks.LONG - networks.SHORT)
     assert second["certify_cpu_seconds"] - second["forward_cpu_seconds"] == pytest.approx(1.0)
     assert second["forward_cpu_seconds"] == pytest.approx(1 + 4 * growth)
+
+
+def test_parts_that_were_measured_have_a_page_when_another_fails(tmp_path: Path) -> None:
+    def fail(request: Request) -> dict[str, object]:
+        raise UserError("no such data")
+
+    def part(title: str, measure: Callable[[Request], dict[str, object]]) -> Part:
+        return Part(title, measure, lambda record: f"{title}: {record['figure']}", {})
+
+    family = Family("two", "Two parts", {"one": part("One", lambda request: {"figure": 7}), "two": part("Two", fail)})
+    with pytest.raises(UserError, match="no such data"):
+        measure(family, Request(tmp_path))
+    assert "One: 7" in (tmp_path / "table.md").read_text()
+    family = Family("two", "Two parts", {"one": part("One", fail), "two": part("Two", lambda request: {"figure": 8})})
+    table = measure(family, Request(tmp_path)).read_text()  # the first is there and not repeated
+    assert "One: 7" in table
+    assert "Two: 8" in table

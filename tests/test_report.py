@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 
 from robustflow.errors import UserError
+from robustflow.plots import draw_training
 from robustflow.report import build_report
+from robustflow.results import read_benchmark
 
 HOSTILE = "<script>alert(1)<b>&'\""
 
@@ -270,3 +273,30 @@ def test_one_model_one_set_no_log_no_examples(make_benchmark: Callable[..., Path
     assert "no examples" in text
     row = json.loads((out / "summary.json").read_text())["evaluations"][0]["models"][0]
     assert row["area"]["certified"] <= row["area"]["attacked"] <= 0.25
+
+
+def test_an_epoch_that_saw_other_validation_images_is_not_on_the_line(
+    make_benchmark: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = make_benchmark(tmp_path / "out")
+    for path in (out / "models").glob("*/train.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1] |= {"validation_n": 1000, "validation_accuracy": 0.5}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    benchmark = read_benchmark(out)
+    figure = draw_training(benchmark, {card.name: place for place, card in enumerate(benchmark.cards)})
+    assert figure is not None
+    axes = figure.axes[2]
+    assert axes.get_title() == "validation accuracy (%), n = 200, ◆ 1,000"
+    epochs = len(lines)
+    marks = [line for line in axes.lines if line.get_marker() == "D"]
+    assert len(marks) == len(benchmark.cards)
+    assert {tuple(mark.get_xydata()[0]) for mark in marks} == {(epochs, 50.0)}
+    curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == len(marks)
+    assert all(max(line.get_xdata()) < epochs for line in curves)
+    half = 1.96 / (2 * math.sqrt(1000 + 1.96**2))  # Wilson's interval at one half
+    bars = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    expected = pytest.approx([50 - 100 * half, 50 + 100 * half], abs=1e-3)
+    assert bars
+    assert all(line.get_ydata() == expected for line in bars)

@@ -86,7 +86,8 @@ def matrix(part: Record) -> Figure:
     axes[0].set_ylabel("broken by …")
     figure.supxlabel("… and not by", fontsize=9)
     models = len(part["models"])
-    figure.suptitle(f"Images that the row breaks and the column does not, {models} models together", x=0.01, ha="left")
+    together = f", {models} models together" if models > 1 else ""
+    figure.suptitle(f"Images that the row breaks and the column does not{together}", x=0.01, ha="left")
     return figure
 
 

@@ -6,6 +6,7 @@ parts that are there. A part that is done is not repeated unless it is asked for
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,26 +72,39 @@ def measure(family: Family, request: Request, only: Sequence[str] | None = None)
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output directory {request.out} cannot be made: {error.strerror}") from None
-    results: dict[str, Record] = {}
-    for name, part in family.parts.items():
-        path = request.out / f"{name}.json"
-        wanted = (name in only) if only else not path.exists()
-        if wanted and part.needs_benchmark and request.benchmark is None:
-            if only:
-                raise UserError(f"{name} measures trained models: name their directory with --bench")
-            wanted = False
-        if wanted:
-            started = time.perf_counter()
-            found = part.measure(request)
-            record = {"schema_version": SCHEMA, "part": name, "command": _command(family, request, name)} | found
-            record |= {"seconds": round(time.perf_counter() - started, 1), "environment": environment.describe("cpu")}
-            checkpoints.write_json(path, record)
-            shutil.rmtree(request.unfinished(name), ignore_errors=True)
-        if path.exists():
-            results[name] = checkpoints.read_json(path)
-    for name, record in results.items():
-        _draw(request.out / "plots", family.parts[name], record)
-    return _write_page(request.out / "table.md", family, results)
+    try:
+        for name, part in family.parts.items():
+            wanted = (name in only) if only else not _file(request, name).exists()
+            if wanted and part.needs_benchmark and request.benchmark is None:
+                if only:
+                    raise UserError(f"{name} measures trained models: name their directory with --bench")
+                wanted = False
+            if wanted:
+                _measure_part(family, request, name)
+    except BaseException:
+        # Parts that were measured have their page even if another failed, and why it failed is what is said.
+        with contextlib.suppress(UserError):
+            _draw_page(family, request)
+        raise
+    _draw_page(family, request)
+    return _table(request)
+
+
+def _file(request: Request, part: str) -> Path:
+    return request.out / f"{part}.json"
+
+
+def _table(request: Request) -> Path:
+    return request.out / "table.md"
+
+
+def _measure_part(family: Family, request: Request, name: str) -> None:
+    started = time.perf_counter()
+    found = family.parts[name].measure(request)
+    record = {"schema_version": SCHEMA, "part": name, "command": _command(family, request, name)} | found
+    record |= {"seconds": round(time.perf_counter() - started, 1), "environment": environment.describe("cpu")}
+    checkpoints.write_json(_file(request, name), record)
+    shutil.rmtree(request.unfinished(name), ignore_errors=True)
 
 
 def _command(family: Family, request: Request, part: str) -> str:
@@ -102,6 +116,15 @@ def _command(family: Family, request: Request, part: str) -> str:
     return " ".join(words)
 
 
+def _draw_page(family: Family, request: Request) -> None:
+    files = {name: _file(request, name) for name in family.parts}
+    results = {name: checkpoints.read_json(path) for name, path in files.items() if path.exists()}
+    for name, record in results.items():
+        _draw(request.out / "plots", family.parts[name], record)
+    if results:
+        _write_page(_table(request), family, results)
+
+
 def _draw(folder: Path, part: Part, record: Record) -> None:
     for name, figure in part.figures.items():
         with house_style():
@@ -110,7 +133,7 @@ def _draw(folder: Path, part: Part, record: Record) -> None:
             partial.write_bytes(content)
 
 
-def _write_page(path: Path, family: Family, results: dict[str, Record]) -> Path:
+def _write_page(path: Path, family: Family, results: dict[str, Record]) -> None:
     blocks = [f"# {family.title}\n"]
     for name, record in results.items():
         part, machine = family.parts[name], record["environment"]
@@ -121,7 +144,6 @@ def _write_page(path: Path, family: Family, results: dict[str, Record]) -> Path:
             f"torch {machine['versions']['torch']}. Every number: [{name}.json]({name}.json).\n"
         )
     checkpoints.write_text(path, "\n".join(blocks))
-    return path
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -190,7 +190,7 @@ def test_shipped_configs_parse_build_and_begin_with_their_facts(name: str, monke
 
 
 def test_the_configs_of_the_issue_are_there() -> None:
-    assert set(config.list_configs()) >= {"quickstart", "cifar10/cpu", "cifar10/paper", "cifar10/gpu"}
+    assert set(config.list_configs()) >= {"quickstart", "cifar10/cpu", "cifar10/paper", "cifar10/gpu-day"}
     regimes = {model.regime for model in config.read("quickstart").models}
     assert regimes == {"unconstrained", "nonexpansive", "prescribed", "flexible", "sharp"}
     assert config.read("quickstart").dataset == "digits"

@@ -50,9 +50,9 @@ def test_the_prediction_for_a_cluster_is_its_own_arithmetic() -> None:
     text = README.read_text(encoding="utf-8")
     passes = attacks.expected_passes("strong", [36 / 255])
     assert f"{passes:,} forward passes" in text
-    small, large = (passes * 1e7 * 4 * size / (64 * 19.5e12 / 4) / 3600 for size in (27.1e6, 873e6))
+    small, large = (passes * 1e7 * 4 * size / (64 * 19.5e12 / 4) / 3600 for size in (27.1e6, 1082e6))
     assert f"64 GPUs {small:.1f} hours" in text
-    assert f"(873 M) {large:.0f}" in text
+    assert f"(1,082 M) {large:.0f}" in text
 
 
 def test_the_newcomer_s_seconds_are_those_measured() -> None:

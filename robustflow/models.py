@@ -110,7 +110,7 @@ def load_model(name_or_path: str | Path) -> TrainedClassifier:
     shape, class_names = input_of(card, folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
-        raise UserError(f"checkpoint {weights} is missing")
+        raise UserError(f"checkpoint {weights} is missing: train the model again, or put the file back")
     if checkpoints.sha256(weights) != card["sha256"]:
         raise UserError(f"{weights} is not the file that {folder / CARD} describes (its SHA-256 differs)")
     network = _outline(config, shape, len(class_names), weights)

@@ -56,7 +56,7 @@ def find_start(config: ModelConfig) -> StartingPoint | None:
         folder = find_trained(named)
         card, source = read_card(folder)
         if not (folder / WEIGHTS).is_file():
-            raise UserError(f"checkpoint {folder / WEIGHTS} is missing")
+            raise UserError(f"checkpoint {folder / WEIGHTS} is missing: train that model again, or put the file back")
         check_weights(folder)
     except UserError as error:
         raise UserError(f"train.start of {config.name}: {error}") from None

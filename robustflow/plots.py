@@ -176,10 +176,9 @@ def draw_training(benchmark: Benchmark, places: dict[str, int]) -> Figure | None
         _draw_validation(axes[2], log, line)
     sizes = sorted({int(n) for log in benchmark.logs.values() for n in log["validation_n"].dropna()})
     # The last epoch is validated on all images, the others often on a part of them: another quantity, another mark.
-    held_out = {1: ", n = {}", 2: ", n = {}, ◆ {}"}.get(len(sizes), "").format(*(f"{size:,}" for size in sizes))
-    for ax, title in zip(
-        axes, ("training loss", "training accuracy (%)", f"validation accuracy (%){held_out}"), strict=True
-    ):
+    titles = {1: "validation accuracy (%), n = {}", 2: "validation (%), n = {}, ◆ {}"}
+    held_out = titles.get(len(sizes), "validation accuracy (%)").format(*(f"{size:,}" for size in sizes))
+    for ax, title in zip(axes, ("training loss", "training accuracy (%)", held_out), strict=True):
         ax.set_title(title)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)

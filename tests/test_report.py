@@ -287,7 +287,7 @@ def test_an_epoch_that_saw_other_validation_images_is_not_on_the_line(
     figure = draw_training(benchmark, {card.name: place for place, card in enumerate(benchmark.cards)})
     assert figure is not None
     axes = figure.axes[2]
-    assert axes.get_title() == "validation accuracy (%), n = 200, ◆ 1,000"
+    assert axes.get_title() == "validation (%), n = 200, ◆ 1,000"
     epochs = len(lines)
     marks = [line for line in axes.lines if line.get_marker() == "D"]
     assert len(marks) == len(benchmark.cards)

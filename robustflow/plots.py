@@ -170,7 +170,7 @@ def draw_training(benchmark: Benchmark, places: dict[str, int]) -> Figure | None
             "marker": "o" if len(log) < 20 else "",
             "ms": 2.5,
         }
-        for ax, column, factor in zip(axes, ("loss", "train_accuracy"), (1, 100), strict=False):
+        for ax, column, factor in zip(axes[:2], ("loss", "train_accuracy"), (1, 100), strict=True):
             values = log[["epoch", column]].dropna().astype(float)
             ax.plot(values["epoch"], factor * values[column], label=short(name), **line)
         _draw_validation(axes[2], log, line)

@@ -7,32 +7,20 @@ known or a value of the wrong type is one line that names file, key and what was
 from __future__ import annotations
 
 import tomllib
-from fractions import Fraction
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from robustflow import data, networks
 from robustflow.errors import UserError
+from robustflow.evaluate_config import EvaluateConfig, Radius
 from robustflow.strict import Strict, validated
 
 MAXIMUM_CONFIG_BYTES = 64_000  # tomllib takes time with the square of the depth of a dotted key
 
 
-def _radius(value: Any) -> Any:
-    """An ε may be written as a fraction of grey levels, "36/255"."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            raise ValueError(f"a number or a fraction such as '36/255', not {value!r}") from None
-    return value
-
-
-Radius = Annotated[float, BeforeValidator(_radius), Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -129,45 +117,6 @@ class TrainConfig(LoopConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True
     validate_images: int = Field(1000, ge=0, description="validation images after an epoch; all at the end")
-
-
-class EvaluateConfig(Strict):
-    """On which images a model is certified and attacked, and how. ``attacked``: of the splits; None, all of them."""
-
-    splits: tuple[Literal["validation", "test"], ...] = ("test",)
-    attacked: tuple[Literal["validation", "test"], ...] | None = None
-    images: int | None = Field(None, ge=1)
-    epsilons: tuple[Radius, ...] = Field(min_length=1)
-    attacks: tuple[str, ...] = Field(default=("standard",), min_length=1)
-    batch_size: int = Field(250, ge=1)
-    audit: bool = False
-    eight_bit: bool = Field(False, description="only adversarials whose pixels are multiples of 1/255 count")
-    examples: int = Field(8, ge=0)
-
-    @field_validator("splits", "attacked", "epsilons", "attacks", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("attacked")
-    @classmethod
-    def _among_the_splits(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
-        splits = info.data.get("splits")
-        if splits is not None and not set(value or ()) <= set(splits):
-            raise ValueError(f"only what is in splits, {', '.join(splits) or 'nothing'}, can be attacked")
-        return value
-
-    @field_validator("epsilons")
-    @classmethod
-    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(later <= earlier for earlier, later in pairwise(value)):
-            raise ValueError("the radii must increase, without duplicates")
-        return value
-
-    @property
-    def attacked_splits(self) -> tuple[str, ...]:
-        """The splits that are certified and attacked, in the order of ``splits``; the others are certified only."""
-        return tuple(split for split in self.splits if self.attacked is None or split in self.attacked)
 
 
 class ModelConfig(Strict):

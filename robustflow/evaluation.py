@@ -27,9 +27,9 @@ import attacks
 from robustflow import checkpoints, environment
 from robustflow.alarms import find_alarms
 from robustflow.certificates import certify
-from robustflow.config import EvaluateConfig
 from robustflow.data import ImageSet, Split
 from robustflow.errors import UserError
+from robustflow.evaluate_config import EvaluateConfig
 from robustflow.falsifier import falsify_network
 from robustflow.networks import Classifier
 
@@ -77,7 +77,7 @@ def check_attacks(config: EvaluateConfig) -> None:
 
 def open_evaluation(out: Path, images: ImageSet, split_name: str, config: EvaluateConfig) -> tuple[Split, Path]:
     """The images to evaluate on and the folder for their rows, described by its evaluation.json."""
-    split = images.splits[split_name].head(config.images)
+    split = images.splits[split_name].head(config.images_of(split_name))
     folder = out / "evaluations" / f"{images.name}-{split_name}"
     description = {
         "schema_version": 1,

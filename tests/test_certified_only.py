@@ -15,7 +15,7 @@ import pytest
 
 from robustflow import bench, cli, compare, compare_files, evaluation, model_cards
 from robustflow import config as configs
-from robustflow.config import EvaluateConfig
+from robustflow.evaluate_config import EvaluateConfig
 from robustflow.curves import draw_curves, draw_overview
 from robustflow.errors import UserError
 from robustflow.measurements import targets

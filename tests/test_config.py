@@ -107,6 +107,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("[network]\n", "network = 3\n[unknown]\n", "network"),
     ("[evaluate]\n", '[evaluate]\nsplits = ["train"]\n', "evaluate.splits.0: "),
     ("[evaluate]\n", "[evaluate]\nimages = 0\n", "evaluate.images: "),
+    ("[evaluate]\n", "[evaluate]\nimages = { test = 0 }\n", "evaluate.images: .*at least 1"),
+    ("[evaluate]\n", "[evaluate]\nimages = true\n", "evaluate.images: .*whole number"),
+    ("[evaluate]\n", "[evaluate]\nimages = { validation = 9 }\n", "evaluate.images: .*what is in splits, test"),
 ]
 
 

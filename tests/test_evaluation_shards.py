@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import attacks
 from robustflow import bench, cli, data, environment, evaluation, networks
-from robustflow.config import EvaluateConfig
+from robustflow.evaluate_config import EvaluateConfig
 
 CPU = torch.device("cpu")
 CONFIG = EvaluateConfig.model_validate({"epsilons": (0.0, 0.1, 0.3), "attacks": ("paper", "standard"), "audit": True})

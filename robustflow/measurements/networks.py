@@ -40,7 +40,7 @@ def _benchmark(folder: Path | None, directory: Path | None) -> Iterator[tuple[st
         home = folder / "models" / config.name
         if (home / bench.CARD).is_file():
             model = bench.load_model(config, images, home)
-            yield config.name, model, images.splits["test"].head(experiment.evaluate.images)
+            yield config.name, model, images.splits["test"].head(experiment.evaluate.images_of("test"))
 
 
 # --------------------------------------------------------------------------------------------------------------- share

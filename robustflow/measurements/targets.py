@@ -55,7 +55,7 @@ def read(request: Request, part: str) -> tuple[Experiment, list[Target]]:
     experiment, _ = bench.read_directory(request.benchmark)
     images = bench.load_data(experiment, request.data)
     split_name = _split(experiment, request)
-    split = images.splits[split_name].head(experiment.evaluate.images)
+    split = images.splits[split_name].head(experiment.evaluate.images_of(split_name))
     folder = request.benchmark / "evaluations" / f"{images.name}-{split_name}"
     targets = []
     for config in experiment.models:

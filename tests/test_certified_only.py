@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from robustflow import bench, cli, compare, compare_files, evaluation, model_cards
+from robustflow import bench, cli, compare, compare_files, data, evaluation, model_cards
 from robustflow import config as configs
-from robustflow.evaluate_config import EvaluateConfig
 from robustflow.curves import draw_curves, draw_overview
 from robustflow.errors import UserError
+from robustflow.evaluate_config import EvaluateConfig
 from robustflow.measurements import targets
 from robustflow.measurements.family import Request
 from robustflow.plots import draw, draw_areas
@@ -91,6 +91,19 @@ def test_what_is_attacked_is_among_the_splits() -> None:
     assert EvaluateConfig.model_validate_json(kept.model_dump_json()) == kept
     older = options().model_dump(mode="json", exclude={"attacked"})  # as config.json was before this option
     assert EvaluateConfig.model_validate_json(json.dumps(older)) == options()
+
+
+def test_a_number_of_images_for_each_split(tmp_path: Path) -> None:
+    images = data.load("digits")
+    for asked, expected in (
+        ({"test": 3}, {"validation": len(images.splits["validation"]), "test": 3}),
+        ({"test": 3, "validation": 2}, {"validation": 2, "test": 3}),
+        (4, {"validation": 4, "test": 4}),
+    ):
+        kept = EvaluateConfig.model_validate_json(options(images=asked).model_dump_json())
+        found = {name: len(evaluation.open_evaluation(tmp_path, images, name, kept)[0]) for name in kept.splits}
+        noted = {name: read_json(tmp_path / f"evaluations/digits-{name}/evaluation.json")["n"] for name in kept.splits}
+        assert found == noted == expected
 
 
 def test_attacking_what_is_no_split_is_one_clear_line(tmp_path: Path) -> None:

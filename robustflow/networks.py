@@ -180,7 +180,10 @@ def create_model(
             )
         half = (size[0] // 2, size[1] // 2)
         if lift == "convolution":
-            stages += [Convolution(before, after, kernel_size, image_size=size if constrained else None), nn.ReLU()]
+            lifting = Convolution(before, after, kernel_size, image_size=size if constrained else None)
+            if constrained:
+                lifting.start_isometric_()
+            stages += [lifting, nn.ReLU()]
             stages += _steps(regime, BlockShape(after, size, kernel, kernel_size, patch, hidden_ratio), layers)
             stages.append(nn.MaxPool2d(2))
         else:

@@ -55,6 +55,28 @@ class Convolution(nn.Module):
             self.register_buffer("direction", torch.randn(1, in_channels, *torus), persistent=False)
             self.constrain_(exact=False, iterations=20)
 
+    @torch.no_grad()
+    def start_isometric_(self, spread: float = 0.1) -> None:
+        """Start from a matrix with orthonormal rows or columns in the middle of the kernel, and a little of the rest.
+
+        Source: delta-orthogonal kernels of Xiao, Bahri, Sohl-Dickstein, Schoenholz & Pennington, ICML 2018. A random
+        kernel of norm 1 shortens most images to about half; after a few layers there is nothing left to learn from.
+        ``spread``: what stays of the random kernel, so that the other pixels are seen from the first step on.
+
+        >>> layer = Convolution(4, 4, 3, image_size=(8, 8))
+        >>> layer.start_isometric_(spread=0.0)
+        >>> x = torch.randn(1, 4, 8, 8)
+        >>> bool(torch.isclose(layer(x).norm(), x.norm(), rtol=1e-4))
+        True
+        """
+        if self.weight.is_meta:  # on "meta" a network has shapes only
+            return
+        middle = torch.empty_like(self.weight[:, :, 0, 0])
+        nn.init.orthogonal_(middle)
+        self.weight.mul_(spread)
+        self.weight[:, :, self.padding, self.padding] += middle
+        self.constrain_(iterations=20)
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, self.weight, bias, padding=self.padding)
 

@@ -32,7 +32,7 @@ from torch import nn
 from robustflow.block_shape import BlockShape
 from robustflow.errors import UserError
 from robustflow.fields import GradientField, TwoKernelField
-from robustflow.operators import PatchConvolution
+from robustflow.operators import Convolution, PatchConvolution
 from robustflow.peers import AOLConvolution, CayleyConvolution, MaxMin, SLLStep
 from robustflow.steps import AveragedStep, EulerStep
 
@@ -182,7 +182,13 @@ def _unconstrained(shape: BlockShape, index: int) -> nn.Module:
 
 
 def _naive(shape: BlockShape, index: int) -> nn.Module:
-    return AveragedStep(TwoKernelField(shape.spectral(index), shape.spectral(index)))
+    inner, outer = shape.spectral(index), shape.spectral(index)
+    if isinstance(inner, Convolution):
+        # From B = Aᵀ of nearly isometric A: two random kernels of norm 1 leave half of every image in each layer.
+        inner.start_isometric_()
+        with torch.no_grad():
+            outer.weight.copy_(inner.weight)
+    return AveragedStep(TwoKernelField(inner, outer))
 
 
 def _nonexpansive(shape: BlockShape, index: int) -> nn.Module:

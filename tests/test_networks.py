@@ -248,3 +248,19 @@ def test_the_unconstrained_networks_are_never_constrained() -> None:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.constrain_(exact=True)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("regime", ["naive", "nonexpansive", "prescribed", "flexible", "sharp", "shared"])
+def test_images_reach_the_head_of_the_paper_s_network(regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    images = torch.nn.functional.interpolate(torch.rand(32, 3, 4, 4), size=(32, 32), mode="bilinear")
+
+    def kept() -> float:
+        model = create_model(regime, channels=(16, 32, 64), mean=(0.5, 0.5, 0.5))
+        with torch.no_grad():
+            before, after = (torch.pdist(x.flatten(1)).mean() for x in (images, model.features(images)))
+        return float(after / before)
+
+    started = kept()
+    monkeypatch.setattr(Convolution, "start_isometric_", lambda self: None)  # random kernels of norm 1
+    assert started > 3 * kept()

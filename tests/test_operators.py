@@ -89,6 +89,21 @@ def test_power_iteration_holds_the_norm_close_to_one_and_never_above_by_much() -
     assert 0.8 < norm < 1.01
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 5), (4, 4), (5, 2)])
+def test_an_isometric_start_moves_every_singular_value_to_one(before: int, after: int) -> None:
+    torch.manual_seed(0)
+    layer = Convolution(before, after, 3, image_size=(4, 5))
+    random = torch.linalg.svdvals(dense(layer.double(), before, 4, 5))
+    layer.start_isometric_(spread=0.0)
+    torch.testing.assert_close(torch.linalg.svdvals(dense(layer, before, 4, 5)), torch.ones_like(random))
+    layer = Convolution(before, after, 3, image_size=(4, 5))
+    layer.start_isometric_()
+    assert bool((layer.weight != 0).all())  # pixels beside the middle are seen too
+    layer.constrain_(exact=True)
+    started = torch.linalg.svdvals(dense(layer.double(), before, 4, 5))
+    assert random.square().mean() < 0.5 < 0.6 < started.square().mean() <= started.max() <= 1
+
+
 def test_a_free_convolution_is_left_alone() -> None:
     layer = Convolution(2, 2, 3)
     before = layer.weight.detach().clone()

@@ -51,6 +51,7 @@ train = {{optimizer = "nadam", loss = {{kind = "certified"}}}}
 [[models]]
 name = "convolutions"  # plain steps: they feel the length of a gradient, not only its direction
 regime = "nonexpansive"
+network = {{lift = "patch"}}  # not a nearly isometric convolution: power iteration on it enlarges rounding
 train = {{optimizer = "sgd", learning_rate = 0.05, schedule = "constant", loss = {{kind = "hinge", margin = 0.3}}}}
 """
 NAMES = ("sharp", "flexible", "convolutions")

@@ -28,7 +28,7 @@ class Plot:
 
 
 def draw(benchmark: Benchmark, summary: dict[str, Any]) -> list[Plot]:
-    """All plots; those that need what is not there (attacks, a second attack set, examples, logs) are left out."""
+    """All plots; those that need what is not there (attacks, a second set, examples, two epochs) are left out."""
     places = {card.name: place for place, card in enumerate(benchmark.cards)}
     plots = []
     with house_style():
@@ -156,8 +156,8 @@ def _draw_validation(ax: Axes, log: pd.DataFrame, line: dict[str, Any]) -> None:
 
 
 def draw_training(benchmark: Benchmark, places: dict[str, int]) -> Figure | None:
-    """Loss, training and validation accuracy against the epoch."""
-    if not benchmark.logs:
+    """Loss, training and validation accuracy against the epoch; None where no training has two of them to join."""
+    if all(len(log) < 2 for log in benchmark.logs.values()):
         return None
     count = len(benchmark.logs)
     figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((count + 3) // 4)), layout="constrained")

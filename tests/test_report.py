@@ -275,6 +275,17 @@ def test_one_model_one_set_no_log_no_examples(make_benchmark: Callable[..., Path
     assert row["area"]["certified"] <= row["area"]["attacked"] <= 0.25
 
 
+def test_trainings_of_one_epoch_have_no_curve(make_benchmark: Callable[..., Path], tmp_path: Path) -> None:
+    out = make_benchmark(tmp_path / "out")
+    build_report(out)
+    assert (out / "plots" / "training.png").exists()
+    for path in (out / "models").glob("*/train.jsonl"):
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    text = build_report(out).read_text(encoding="utf-8")
+    assert not (out / "plots" / "training.png").exists()
+    assert "against the epoch" not in text
+
+
 def test_an_epoch_that_saw_other_validation_images_is_not_on_the_line(
     make_benchmark: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def test_attacking_what_is_no_split_is_one_clear_line(tmp_path: Path) -> None:
         configs.read(path)
 
 
-@pytest.mark.parametrize("name", ["cifar10/cpu-15min", "cifar10/cpu-2h30"])
+@pytest.mark.parametrize("name", ["cifar10/cpu-15min", "cifar10/cpu-2h"])
 def test_shipped_configs_certify_validation_and_attack_test(name: str) -> None:
     evaluate = configs.read(name).evaluate
     assert (evaluate.splits, evaluate.attacked_splits) == (("validation", "test"), ("test",))
